@@ -1,0 +1,26 @@
+"""Sliding-window attention for models trained with full attention, on FlexAttention."""
+
+from . import masks, recipes
+from ._version import __version__
+from .block_mask import build_block_mask
+from .config import SWAAConfig
+from .errors import BackendUnavailableError, ConfigError, MaskError, UnsupportedModelError
+from .kernels import attention
+from .masks import Mask
+from .plan import AttentionPlan, plan
+
+__all__ = [
+    "AttentionPlan",
+    "BackendUnavailableError",
+    "ConfigError",
+    "Mask",
+    "MaskError",
+    "SWAAConfig",
+    "UnsupportedModelError",
+    "__version__",
+    "attention",
+    "build_block_mask",
+    "masks",
+    "plan",
+    "recipes",
+]

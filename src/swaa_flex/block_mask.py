@@ -1,0 +1,247 @@
+"""From a `Mask` to the block lists FlexAttention runs on, without looking at query-key pairs.
+
+Everything here is tensor arithmetic on `[batch, heads, row_blocks]` and on the lists themselves. Shapes follow
+from Python integers, so it neither waits for the device nor breaks a `torch.compile` graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from .errors import MaskError
+from .intervals import Bounds, Interval, Linear, Rows, Union, max_lengths, symbolic
+from .masks import Mask, offset
+
+_LISTS = {
+    f"{full}{side}_{part}"
+    for full in ("", "full_")
+    for side in ("kv", "q")
+    for part in ("num_blocks", "indices")
+}
+
+BLOCK_SIZE = 128
+"""Rows and keys per block, FlexAttention's default sparse block size."""
+
+Range = tuple[Tensor, Tensor]
+"""First and past-the-last block, int32 `[batch | 1, heads | 1, row_blocks]`."""
+
+
+def build_block_mask(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    *,
+    batch: int | None = None,
+    heads: int | None = None,
+    device: torch.device | str = "cpu",
+    block_size: int = BLOCK_SIZE,
+    q_offset: int | Tensor = 0,
+) -> BlockMask:
+    """The `BlockMask` of a mask, from its geometry.
+
+    Its lists are compact: as wide as the longest list can be, not as the number of kv blocks; the batch and
+    head dimensions are 1 where the mask does not depend on them. Blocks that need no mask (every pair visible)
+    are listed as full; a last block cut off by `q_len` or `kv_len` is always partial, as in `create_block_mask`.
+
+    Args:
+        mask: the mask; query row i is evaluated at i + `q_offset`, key j at j.
+        q_len: number of query rows.
+        kv_len: number of keys.
+        batch: number of sequences, or None for one mask for all.
+        heads: number of query heads, or None for one mask for all.
+        device: where to build, the device of the query.
+        block_size: rows and keys per block.
+        q_offset: added to query indices, an int or a 0-d integer tensor.
+
+    Returns:
+        A stock `BlockMask` for `torch.nn.attention.flex_attention`, without the query-side lists that only the
+        backward pass needs (`swaa_flex.plan(..., needs_grad=True)` adds them).
+
+    Raises:
+        MaskError: if a length is not positive, or the mask holds tensors for another batch or number of heads.
+
+    Example:
+        >>> from swaa_flex.masks import causal, sinks, window
+        >>> block_mask = build_block_mask(causal() & (window(256) | sinks(4)), 4096, 4096)
+        >>> tuple(block_mask.kv_indices.shape)
+        (1, 1, 32, 5)
+    """
+    check_sizes(mask, q_len, kv_len, batch, heads)
+    return layout(offset(mask, q=q_offset), q_len, kv_len, device=device, block_size=block_size)
+
+
+def layout(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    *,
+    device: torch.device | str,
+    block_size: int = BLOCK_SIZE,
+    full_width: bool = False,
+    separate_full: bool = True,
+    needs_grad: bool = False,
+) -> BlockMask:
+    """`build_block_mask` with the choices that differ between kernels.
+
+    Args:
+        mask: evaluated at row and key indices as they are.
+        q_len: number of query rows.
+        kv_len: number of keys.
+        device: where to build.
+        block_size: rows and keys per block.
+        full_width: lists as wide as there are kv blocks.
+        separate_full: list full blocks apart; otherwise all blocks are partial and there is no full list.
+        needs_grad: add the query-side lists of the backward pass (row blocks x kv blocks of int32, twice).
+    """
+    bounds = row_block_bounds(mask, q_len, kv_len, block_size, device)
+    partial, full = _ranges(bounds, q_len, kv_len, block_size, device, separate_full)
+    width = -(-kv_len // block_size) if full_width else list_width(bounds, kv_len, block_size)
+    shape = torch.broadcast_shapes(*(end.shape for ends in (*partial, *full) for end in ends))
+    like = partial[0][0].new_zeros(shape)
+    lists: dict[str, Tensor] = {}
+    # Both lists must be equally wide: kernels address the full one with the strides of the partial one
+    # (torch 2.11 forward and backward, the decode kernel of every version).
+    lists["kv_num_blocks"], lists["kv_indices"] = _listed(partial, width, like)
+    if separate_full:
+        lists["full_kv_num_blocks"], lists["full_kv_indices"] = _listed(full, width, like)
+    if needs_grad:
+        kv_blocks = -(-kv_len // block_size)
+        lists["q_num_blocks"], lists["q_indices"] = _transposed(partial, kv_blocks, like)
+        if separate_full:
+            lists["full_q_num_blocks"], lists["full_q_indices"] = _transposed(full, kv_blocks, like)
+    empty = dict.fromkeys(_LISTS - lists.keys())
+    return BlockMask(
+        seq_lengths=(q_len, kv_len), BLOCK_SIZE=(block_size, block_size), mask_mod=mask, **lists, **empty
+    )
+
+
+def list_width(bounds: Bounds, kv_len: int, block_size: int = BLOCK_SIZE) -> int:
+    """How many kv blocks a row block can list at most, from Python integers alone."""
+    kv_blocks = -(-kv_len // block_size)
+    lengths = max_lengths(bounds.superset)
+    if lengths is None:
+        return kv_blocks
+    # An interval of n keys touches at most ceil((n - 1) / block) + 1 blocks.
+    touched = sum((length + block_size - 2) // block_size + 1 for length in lengths if length > 0)
+    return max(1, min(kv_blocks, touched))
+
+
+def row_block_bounds(
+    mask: Mask, q_len: int, kv_len: int, block_size: int, device: torch.device | str
+) -> Bounds:
+    """Bounds of each block of `block_size` rows, clipped to the keys there are."""
+    first = torch.arange(-(-q_len // block_size), device=device)[None, None, :] * block_size
+    start = symbolic(first)
+    bounds = mask.bounds(Rows(start, start.plus(min(block_size, q_len) - 1)))
+    return bounds.clip(Interval((Linear(),), (Linear(offset=kv_len),)))
+
+
+def merged_ranges(intervals: Union, row_blocks: int, device: torch.device | str) -> list[Range]:
+    """A union of intervals as ascending, disjoint ranges, int32 `[batch | 1, heads | 1, row_blocks]`."""
+    return _merged(_tensors(intervals, row_blocks, device))
+
+
+def check_sizes(mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: int | None) -> None:
+    """Refuses lengths below 1 and masks that hold tensors for another batch or number of heads."""
+    if q_len < 1 or kv_len < 1:
+        raise MaskError(f"q_len={q_len}, kv_len={kv_len}: expected at least one query row and one key")
+    for name, given, own in (("batch", batch, mask.batch_size), ("heads", heads, mask.num_heads)):
+        if own is not None and given != own:
+            raise MaskError(
+                f"{mask!r} holds tensors for {name}={own}, but it is used with {name}={given}; build the mask for "
+                f"{name}={given}, or use tensors without that dimension for one mask for all"
+            )
+
+
+def _ranges(
+    bounds: Bounds, q_len: int, kv_len: int, block_size: int, device: torch.device | str, separate_full: bool
+) -> tuple[list[Range], list[Range]]:
+    """Partial and full kv blocks of each row block, as ascending disjoint ranges of blocks."""
+    row_blocks = -(-q_len // block_size)
+    keys = _tensors(bounds.superset, row_blocks, device)
+    touched = _merged([(start // block_size, _blocks_until(start, stop, block_size)) for start, stop in keys])
+    full: list[Range] = []
+    if separate_full and q_len >= block_size and kv_len >= block_size and bounds.subset:
+        complete = torch.arange(1, row_blocks + 1, device=device) * block_size <= q_len
+        for start, stop in merged_ranges(bounds.subset, row_blocks, device):
+            first, last = -(-start // block_size), stop // block_size
+            full.append((first, torch.where(complete, torch.maximum(first, last), first)))
+    return _subtract(touched, full), full
+
+
+def _blocks_until(start: Tensor, stop: Tensor, block_size: int) -> Tensor:
+    """One past the last block of `[start, stop)`, the block of `start` itself if that is empty."""
+    return torch.where(stop > start, -(-stop // block_size), start // block_size)
+
+
+def _tensors(intervals: Union, row_blocks: int, device: torch.device | str) -> list[Range]:
+    """Start and stop of each interval as int32 tensors, start <= stop."""
+    result = []
+    for interval in intervals:
+        ends = []
+        for value in interval.values():
+            tensor = value if isinstance(value, Tensor) else torch.full((1, 1, 1), value, device=device)
+            ends.append(tensor.to(torch.int32))
+        start, stop = torch.broadcast_tensors(*ends)
+        shape = torch.broadcast_shapes(start.shape, (1, 1, row_blocks))
+        start, stop = start.expand(shape), stop.expand(shape)
+        result.append((start, torch.maximum(start, stop)))
+    return result
+
+
+def _merged(ranges: list[Range]) -> list[Range]:
+    """The same union as ascending disjoint ranges (some of them empty)."""
+    if len(ranges) < 2:
+        return ranges
+    starts = torch.stack(torch.broadcast_tensors(*(start for start, _ in ranges)))
+    stops = torch.stack(torch.broadcast_tensors(*(stop for _, stop in ranges)))
+    starts, order = starts.sort(dim=0)
+    stops = stops.gather(0, order)
+    result = [(starts[0], stops[0])]
+    for start, stop in zip(starts[1:].unbind(), stops[1:].unbind(), strict=True):
+        before, reach = result[-1]
+        touches = start <= reach
+        result[-1] = (before, torch.where(touches, before, reach))  # emptied if it joins the next one
+        result.append(
+            (torch.where(touches, before, start), torch.where(touches, torch.maximum(reach, stop), stop))
+        )
+    return result
+
+
+def _subtract(ranges: list[Range], holes: list[Range]) -> list[Range]:
+    """Ascending `ranges` without ascending `holes`."""
+    pieces = []
+    for start, stop in ranges:
+        low = start
+        for hole_start, hole_stop in holes:
+            # An empty hole removes nothing, wherever it lies.
+            cut = torch.where(hole_stop > hole_start, hole_start, low)
+            piece_stop = torch.minimum(stop, cut)
+            pieces.append((low, torch.maximum(low, piece_stop)))
+            low = torch.maximum(low, torch.where(hole_stop > hole_start, hole_stop, low))
+        pieces.append((low, torch.maximum(low, stop)))
+    return pieces
+
+
+def _listed(ranges: list[Range], width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of blocks `[..., row_blocks]` and their indices `[..., row_blocks, width]`, ascending, int32."""
+    slot = torch.arange(width, dtype=torch.int32, device=like.device)
+    count = torch.zeros_like(like)
+    shift = torch.zeros_like(like)[..., None]  # from a slot to its block
+    for start, stop in ranges:
+        shift = torch.where(slot >= count[..., None], (start - count)[..., None], shift)
+        count = count + (stop - start)
+    indices = torch.where(slot < count[..., None], slot + shift, 0)
+    return count.contiguous(), indices.contiguous()
+
+
+def _transposed(ranges: list[Range], kv_blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The q-side lists: per kv block the row blocks that list it. Takes row_blocks x kv_blocks memory."""
+    block = torch.arange(kv_blocks, dtype=torch.int32, device=like.device)[:, None]
+    listed = torch.zeros((*like.shape[:2], kv_blocks, like.shape[2]), dtype=torch.bool, device=like.device)
+    for start, stop in ranges:
+        listed = listed | ((block >= start[:, :, None]) & (block < stop[:, :, None]))
+    order = listed.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return listed.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()

@@ -1,0 +1,250 @@
+"""The plain-PyTorch backend: rows in chunks, each against the keys its rows may see.
+
+It runs everywhere, in every dtype, with gradients, and is linear in memory for windows. For each chunk it reads
+on the host which kv intervals the mask keeps, so it cannot be traced into a full graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .block_mask import Range, merged_ranges, row_block_bounds
+from .masks import Mask
+
+CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Query rows `[first, stop)` and the kv intervals that hold everything they see."""
+
+    first: int
+    stop: int
+    kept: tuple[tuple[int, int], ...]
+    all_visible: bool  # every row sees every kept key, so no mask is needed
+
+
+Part = tuple[int, Mask, tuple[Chunk, ...]]
+"""A stretch of rows: its first row, its mask (at row indices counted from there), its chunks."""
+
+
+def chunks(mask: Mask, q_len: int, kv_len: int, device: torch.device) -> tuple[Chunk, ...]:
+    """Cuts the query rows into chunks and reads on the host what each of them may see."""
+    bounds = row_block_bounds(mask, q_len, kv_len, CHUNK_ROWS, device)
+    count = -(-q_len // CHUNK_ROWS)
+    superset = [_hull(r) for r in merged_ranges(bounds.superset, count, device)]
+    covered = torch.ones(count, dtype=torch.bool, device=device)
+    subset = merged_ranges(bounds.subset, count, device)
+    for start, stop in superset:
+        inside = torch.zeros((), dtype=torch.bool, device=device)
+        for sub_start, sub_stop in subset:
+            inside = inside | ((sub_start <= start) & (stop <= sub_stop))
+        covered = covered & ((stop <= start) | inside).expand(*inside.shape[:-1], count).flatten(0, -2).all(0)
+    rows = torch.stack([*(end for r in superset for end in r), covered.int()], dim=-1).tolist()
+    return tuple(
+        Chunk(i * CHUNK_ROWS, min(q_len, (i + 1) * CHUNK_ROWS), _joined(row[:-1]), bool(row[-1]))
+        for i, row in enumerate(rows)
+    )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parts: tuple[Part, ...],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over chunks.
+
+    Args:
+        query: `[batch, heads, q_len, head_dim]`.
+        key: `[batch, kv_heads, kv_len, head_dim]`, heads a multiple of kv_heads.
+        value: `[batch, kv_heads, kv_len, value_dim]`.
+        parts: the stretches of rows of a plan.
+        scale: factor of the scores.
+        softcap: bounds the scores to (-softcap, softcap) through a tanh.
+        sink_logits: `[heads]`, logits of one more key without value per head.
+        return_lse: whether to return the log-sum-exp of the scores (sink logit included).
+
+    Returns:
+        The output `[batch, heads, q_len, value_dim]`, zero for rows that see nothing, and the log-sum-exp
+        `[batch, heads, q_len]` (natural logarithm; float32, or float64 for float64 inputs) or None.
+    """
+    tensors = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not (needs_grad or softcap is not None or sink_logits is not None or return_lse):
+        return _fused(query, key, value, parts, scale), None
+    out, lse = _ChunkedAttention.apply(query, key, value, sink_logits, parts, scale, softcap)
+    return out, lse if return_lse else None
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, parts: tuple[Part, ...], scale: float) -> Tensor:
+    """Without what `scaled_dot_product_attention` lacks: softcap, sink logits, log-sum-exp."""
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    for rows, visible, chunk in _each(parts, query):
+        if not chunk.kept:
+            out[:, :, rows] = 0
+            continue
+        q, k, v = _grouped(query[:, :, rows], key), _kept(key, chunk), _kept(value, chunk)
+        if visible is None:
+            result = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        else:
+            visible = _per_group(visible, query.shape[1], key.shape[1])
+            result = F.scaled_dot_product_attention(q, k, v, visible, scale=scale)
+            result = result.masked_fill(~visible.any(-1, keepdim=True), 0)
+        out[:, :, rows] = _ungrouped(result, query.shape[1])
+    return out
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Explicit softmax per chunk; the backward pass computes it again instead of keeping it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sink_logits: Tensor | None,
+        parts: tuple[Part, ...],
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        compute = torch.promote_types(query.dtype, torch.float32)
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        lse = query.new_empty(query.shape[:-1], dtype=compute)
+        for rows, visible, chunk in _each(parts, query):
+            k, v = _kept(key, chunk).to(compute), _kept(value, chunk).to(compute)
+            scores, _ = _scores(query[:, :, rows], k, visible, scale, softcap)
+            total = scores.logsumexp(-1) if k.shape[2] else scores.new_full(scores.shape[:-1], -math.inf)
+            if sink_logits is not None:
+                total = torch.logaddexp(total, sink_logits.to(compute).view(1, -1, 1))
+            weights = (scores - total.clamp(min=torch.finfo(compute).min)[..., None]).exp()
+            heads = query.shape[1]
+            out[:, :, rows] = _ungrouped(_grouped(weights, key) @ v, heads).to(out.dtype)
+            lse[:, :, rows] = total
+        ctx.save_for_backward(query, key, value, sink_logits, out, lse)
+        ctx.parts, ctx.scale, ctx.softcap = parts, scale, softcap
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, sink_logits, out, lse = ctx.saved_tensors
+        compute, heads = lse.dtype, query.shape[1]
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = torch.zeros_like(key, dtype=compute), torch.zeros_like(value, dtype=compute)
+        # d(loss)/d(score) = weight * (d(loss)/d(weight) - shared), shared per row.
+        shared = (grad_out.to(compute) * out.to(compute)).sum(-1) - grad_lse
+        for rows, visible, chunk in _each(ctx.parts, query):
+            k, v = _kept(key, chunk).to(compute), _kept(value, chunk).to(compute)
+            scores, slope = _scores(query[:, :, rows], k, visible, ctx.scale, ctx.softcap)
+            weights = (scores - lse[:, :, rows].clamp(min=torch.finfo(compute).min)[..., None]).exp()
+            grad_rows = _grouped(grad_out[:, :, rows].to(compute), key)
+            grad_weights = _ungrouped(grad_rows @ v.transpose(-1, -2), heads)
+            grad_scores = weights * (grad_weights - shared[:, :, rows, None]) * ctx.scale
+            grad_scores = _grouped(grad_scores if slope is None else grad_scores * slope, key)
+            grad_query[:, :, rows] = _ungrouped(grad_scores @ k, heads).to(query.dtype)
+            q = _grouped(query[:, :, rows].to(compute), key)
+            _add_kept(grad_key, chunk, grad_scores.transpose(-1, -2) @ q)
+            _add_kept(grad_value, chunk, _grouped(weights, key).transpose(-1, -2) @ grad_rows)
+        grad_sinks = None
+        if sink_logits is not None:
+            sink_weights = (sink_logits.to(compute).view(1, -1, 1) - lse).exp()
+            grad_sinks = -(sink_weights * shared).sum((0, 2)).to(sink_logits.dtype)
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), grad_sinks, None, None, None
+
+
+def _each(parts: Iterable[Part], query: Tensor) -> Iterator[tuple[slice, Tensor | None, Chunk]]:
+    """Rows, visible pairs `[batch | 1, heads | 1, rows, kept]` (None: all) and chunk, chunk by chunk."""
+    batch, heads = query.shape[:2]
+    b = torch.arange(batch, device=query.device)[:, None, None, None]
+    h = torch.arange(heads, device=query.device)[:, None, None]
+    for first, mask, own in parts:
+        for chunk in own:
+            visible = None
+            if not chunk.all_visible:
+                rows = torch.arange(chunk.first, chunk.stop, device=query.device)
+                kept = [torch.arange(start, stop, device=query.device) for start, stop in chunk.kept]
+                keys = torch.cat(kept) if kept else rows[:0]
+                visible = mask(b, h, rows[None, None, :, None], keys[None, None, None, :])
+                visible = visible.expand(*visible.shape[:2], len(rows), len(keys))
+            yield slice(first + chunk.first, first + chunk.stop), visible, chunk
+
+
+def _scores(
+    query: Tensor, k: Tensor, visible: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Masked scores `[batch, heads, rows, kept]` and, with a softcap, its derivative."""
+    scores = _ungrouped(_grouped(query.to(k.dtype), k) @ k.transpose(-1, -2), query.shape[1]) * scale
+    slope = None
+    if softcap is not None:
+        bounded = torch.tanh(scores / softcap)
+        scores, slope = softcap * bounded, 1 - bounded.square()
+    return scores if visible is None else scores.masked_fill(~visible, -math.inf), slope
+
+
+def _grouped(x: Tensor, key: Tensor) -> Tensor:
+    """`[batch, heads, rows, d]` -> `[batch, kv_heads, group * rows, d]`: query heads of a group as rows."""
+    return x.reshape(x.shape[0], key.shape[1], -1, x.shape[-1])
+
+
+def _ungrouped(x: Tensor, heads: int) -> Tensor:
+    return x.reshape(x.shape[0], heads, -1, x.shape[-1])
+
+
+def _per_group(visible: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """Visible pairs in the layout of `_grouped` queries."""
+    group = heads // kv_heads
+    if group == 1:
+        return visible
+    batch, mask_heads, rows, kept = visible.shape
+    if mask_heads == 1:
+        return visible.repeat(1, 1, group, 1)
+    return visible.reshape(batch, kv_heads, group * rows, kept)
+
+
+def _kept(x: Tensor, chunk: Chunk) -> Tensor:
+    if len(chunk.kept) == 1:
+        return x[:, :, slice(*chunk.kept[0])]
+    return (
+        torch.cat([x[:, :, start:stop] for start, stop in chunk.kept], dim=2) if chunk.kept else x[:, :, :0]
+    )
+
+
+def _add_kept(total: Tensor, chunk: Chunk, part: Tensor) -> None:
+    at = 0
+    for start, stop in chunk.kept:
+        total[:, :, start:stop] += part[:, :, at : at + stop - start]
+        at += stop - start
+
+
+def _hull(ends: Range) -> Range:
+    """The hull of a range over sequences and heads, `[row_blocks]`; empty ranges do not count."""
+    start, stop = (end.flatten(0, -2) for end in ends)
+    empty = stop <= start
+    low = torch.where(empty, 1 << 30, start).amin(0)
+    high = torch.where(empty, 0, stop).amax(0)
+    return torch.minimum(low, high), high
+
+
+def _joined(ends: list[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending disjoint intervals from a flat list of starts and stops."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(zip(ends[::2], ends[1::2], strict=True)):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
+        elif start < stop:
+            joined.append((start, stop))
+    return tuple(joined)

@@ -1,0 +1,285 @@
+"""Interval arithmetic of mask geometry: where a block of query rows can look, and where it surely does.
+
+A mask answers for a block of consecutive query rows with two short unions of half-open kv intervals
+(`Bounds`): the *superset* covers every key that some row of the block may see, the *subset* holds only keys
+that every row sees. Endpoints are linear expressions (`Linear`) over tensors plus Python integers, so that the
+longest possible interval is often known from the Python integers alone: window and causality are both
+anchored at the query row, and their difference is a number. That number bounds the width of index lists
+without asking the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_INTERVALS = 6
+"""Longest union a mask may state; what exceeds it is hulled (superset) or dropped (subset)."""
+
+_FAR = 1 << 30  # beyond every index, and still far from overflow in int32 sums of a few of them
+
+
+@dataclass(frozen=True, eq=False)
+class Symbol:
+    """A tensor of integers, broadcastable to `[batch, heads, row_blocks]`, told apart by identity."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """`sum(coefficient * symbol) + offset`."""
+
+    symbols: tuple[tuple[Symbol, int], ...] = ()
+    offset: int = 0
+
+    def plus(self, other: Linear | int, sign: int = 1) -> Linear:
+        if not isinstance(other, Linear):
+            return Linear(self.symbols, self.offset + sign * other)
+        symbols = list(self.symbols)
+        for symbol, coefficient in other.symbols:
+            coefficient *= sign
+            for i, (mine, count) in enumerate(symbols):
+                if mine is symbol:
+                    symbols[i] = (mine, count + coefficient)
+                    break
+            else:
+                symbols.append((symbol, coefficient))
+        return Linear(tuple(s for s in symbols if s[1] != 0), self.offset + sign * other.offset)
+
+    def minus(self, other: Linear | int) -> Linear:
+        return self.plus(other, -1)
+
+    def value(self) -> Tensor | int:
+        total: Tensor | int = self.offset
+        for symbol, coefficient in self.symbols:
+            total = total + (symbol.value if coefficient == 1 else symbol.value * coefficient)
+        return total
+
+    def comparable(self, other: Linear) -> bool:
+        """Whether the difference of the two is a Python integer."""
+        return not self.minus(other).symbols
+
+
+def symbolic(value: Tensor | int) -> Linear:
+    """`value` as a linear expression: a new symbol, or a plain number."""
+    return Linear(((Symbol(value), 1),)) if isinstance(value, Tensor) else Linear(offset=value)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A block of consecutive query rows: its first and last row, inclusive."""
+
+    first: Linear
+    last: Linear
+
+    def shift(self, delta: Linear | int) -> Rows:
+        return Rows(self.first.plus(delta), self.last.plus(delta))
+
+
+@dataclass(frozen=True, eq=False)
+class Interval:
+    """Keys in `[max(starts), min(stops))`; no start or no stop means unbounded on that side.
+
+    `length` is an upper bound known from elsewhere; the endpoints may imply a smaller one.
+    """
+
+    starts: tuple[Linear, ...] = ()
+    stops: tuple[Linear, ...] = ()
+    length: int | None = None
+
+    def intersect(self, other: Interval) -> Interval:
+        return Interval(
+            _merge_ends(self.starts, other.starts, larger=True),
+            _merge_ends(self.stops, other.stops, larger=False),
+            _smaller(self.length, other.length),
+        )
+
+    def shift(self, delta: Linear | int) -> Interval:
+        return Interval(
+            tuple(s.plus(delta) for s in self.starts), tuple(s.plus(delta) for s in self.stops), self.length
+        )
+
+    def max_length(self) -> int | None:
+        """A bound of the length from Python integers alone, or None."""
+        bound = self.length
+        for start, stop in itertools.product(self.starts, self.stops):
+            difference = stop.minus(start)
+            if not difference.symbols:
+                bound = _smaller(bound, difference.offset)
+        return bound
+
+    def values(self) -> tuple[Tensor | int, Tensor | int]:
+        return _extreme(self.starts, -_FAR, largest=True), _extreme(self.stops, _FAR, largest=False)
+
+    def when(self, condition: Tensor) -> Interval:
+        """This interval where `condition` (broadcastable to `[batch, heads, row_blocks]`), empty elsewhere."""
+        stop = torch.where(condition, _FAR, -_FAR)
+        return Interval(self.starts, (*self.stops, symbolic(stop)), self.max_length())
+
+
+_EMPTY = Interval(stops=(Linear(offset=-_FAR),), length=0)
+
+Union = tuple[Interval, ...]
+EVERYTHING: Union = (Interval(),)
+NOTHING: Union = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """What a mask says of a block of rows."""
+
+    superset: Union
+    subset: Union
+
+    def shift(self, delta: Linear | int) -> Bounds:
+        """The same bounds in key coordinates moved by `delta`."""
+        return Bounds(
+            tuple(i.shift(delta) for i in self.superset), tuple(i.shift(delta) for i in self.subset)
+        )
+
+    def clip(self, interval: Interval) -> Bounds:
+        return Bounds(
+            tuple(i.intersect(interval) for i in self.superset),
+            tuple(i.intersect(interval) for i in self.subset),
+        )
+
+
+def intersection(left: Bounds, right: Bounds) -> Bounds:
+    superset, subset = (
+        tuple(x.intersect(y) for x in a for y in b)
+        for a, b in ((left.superset, right.superset), (left.subset, right.subset))
+    )
+    return Bounds(_hull_excess(superset), subset[:MAX_INTERVALS])
+
+
+def union(left: Bounds, right: Bounds) -> Bounds:
+    return Bounds(
+        _hull_excess(_absorb(left.superset + right.superset)),
+        _absorb(left.subset + right.subset)[:MAX_INTERVALS],
+    )
+
+
+def complement(bounds: Bounds) -> Bounds:
+    """What is certainly seen is certainly not in the complement, and the other way round."""
+    return Bounds(_hull_excess(_complement(bounds.subset)), _complement(bounds.superset)[:MAX_INTERVALS])
+
+
+def where(condition: Tensor, then: Bounds, otherwise: Bounds) -> Bounds:
+    superset, subset = (
+        tuple(_select(condition, a, b) for a, b in itertools.zip_longest(x, y, fillvalue=_EMPTY))
+        for x, y in ((then.superset, otherwise.superset), (then.subset, otherwise.subset))
+    )
+    return Bounds(superset, subset)
+
+
+def conditional(some: Tensor, all_: Tensor) -> Bounds:
+    """Bounds of a mask that looks at the row only: everything where true, nothing where false.
+
+    Args:
+        some: bool, broadcastable to `[batch, heads, row_blocks]`: some row of the block may satisfy it.
+        all_: likewise: every row of the block does.
+    """
+    return Bounds((Interval().when(some),), (Interval().when(all_),))
+
+
+def max_lengths(intervals: Union) -> list[int] | None:
+    """How long each interval can be, or None if one of them has no bound."""
+    lengths = [i.max_length() for i in intervals]
+    return (
+        None
+        if any(length is None for length in lengths)
+        else [length for length in lengths if length is not None]
+    )
+
+
+def _smaller(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def _merge_ends(left: tuple[Linear, ...], right: tuple[Linear, ...], larger: bool) -> tuple[Linear, ...]:
+    """Both sets of endpoints, keeping the tighter one of each comparable pair."""
+    merged = list(left)
+    for end in right:
+        for i, mine in enumerate(merged):
+            if mine.comparable(end):
+                if (end.offset > mine.offset) == larger:
+                    merged[i] = end
+                break
+        else:
+            merged.append(end)
+    return tuple(merged)
+
+
+def _extreme(ends: tuple[Linear, ...], default: int, largest: bool) -> Tensor | int:
+    values = [end.value() for end in ends]
+    return functools.reduce(_maximum if largest else _minimum, values) if values else default
+
+
+def _maximum(a: Tensor | int, b: Tensor | int) -> Tensor | int:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    if isinstance(a, Tensor):
+        return a.clamp(min=b)
+    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
+
+
+def _minimum(a: Tensor | int, b: Tensor | int) -> Tensor | int:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
+    if isinstance(a, Tensor):
+        return a.clamp(max=b)
+    return b.clamp(max=a) if isinstance(b, Tensor) else min(a, b)
+
+
+def _absorb(intervals: Union) -> Union:
+    """If one of the intervals is everything, the others add nothing."""
+    return EVERYTHING if any(not i.starts and not i.stops for i in intervals) else intervals
+
+
+def _hull_excess(intervals: Union) -> Union:
+    if len(intervals) <= MAX_INTERVALS:
+        return intervals
+    kept, excess = intervals[: MAX_INTERVALS - 1], intervals[MAX_INTERVALS - 1 :]
+    low: Tensor | int = _FAR
+    high: Tensor | int = -_FAR
+    for interval in excess:
+        start, stop = interval.values()
+        if isinstance(start, Tensor) or isinstance(stop, Tensor):
+            empty = start >= stop
+            assert isinstance(empty, Tensor)
+            start, stop = torch.where(empty, _FAR, start), torch.where(empty, -_FAR, stop)
+        elif stop <= start:
+            continue
+        low, high = _minimum(low, start), _maximum(high, stop)
+    return (*kept, Interval((symbolic(low),), (symbolic(high),)))
+
+
+def _complement(intervals: Union) -> Union:
+    """Complement of a union: the intersection of `(-inf, start) | [stop, inf)` over its intervals."""
+    result: Union = EVERYTHING
+    for interval in intervals:
+        sides: list[Interval] = []
+        if interval.starts:
+            sides.append(Interval(stops=(_single(interval.starts, -_FAR, largest=True),)))
+        if interval.stops:
+            sides.append(Interval(starts=(_single(interval.stops, _FAR, largest=False),)))
+        result = tuple(a.intersect(b) for a in result for b in sides)
+    return result
+
+
+def _single(ends: tuple[Linear, ...], default: int, largest: bool) -> Linear:
+    return ends[0] if len(ends) == 1 else symbolic(_extreme(ends, default, largest))
+
+
+def _select(condition: Tensor, then: Interval, otherwise: Interval) -> Interval:
+    starts, stops = (
+        torch.where(condition, a, b) for a, b in zip(then.values(), otherwise.values(), strict=True)
+    )
+    lengths = then.max_length(), otherwise.max_length()
+    length = None if lengths[0] is None or lengths[1] is None else max(lengths[0], lengths[1])
+    return Interval((symbolic(starts),), (symbolic(stops),), length)

@@ -1,0 +1,269 @@
+"""`attention`: one call for every backend.
+
+FlexAttention runs compiled, always: uncompiled it materialises every score. Each combination of mask structure
+and tensor kind has a compiled function of its own, so that many masks do not run into the recompilation limit of
+one function, after which torch.compile silently stops compiling; lengths and integers in the mask become
+symbolic after their first change, so new lengths reuse what is there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from . import backends, chunked
+from .errors import BackendUnavailableError, MaskError
+from .masks import Mask
+from .plan import AttentionPlan, Segment, plan
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | AttentionPlan,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention under a mask: softmax(query @ key.T * scale, masked) @ value, grouped-query aware.
+
+    Args:
+        query: `[batch, heads, q_len, head_dim]`.
+        key: `[batch, kv_heads, kv_len, head_dim]`, heads a multiple of kv_heads.
+        value: `[batch, kv_heads, kv_len, value_dim]`.
+        mask: a `Mask` (query row i is row i), or an `AttentionPlan` made for these lengths.
+        scale: factor of the scores, 1 / sqrt(head_dim) if None.
+        softcap: bounds scores to (-softcap, softcap) through a tanh (Gemma 2).
+        sink_logits: `[heads]`, one learned logit per head that joins the softmax without a value (gpt-oss).
+        backend: "auto", or the one to use or be refused: "flash", "triton", "cpp", "chunked". A plan has its own.
+        return_lse: whether to return the log-sum-exp too.
+
+    Returns:
+        The output `[batch, heads, q_len, value_dim]`, zero in rows that see nothing; with `return_lse` also the
+        log-sum-exp of the scores, sink logit included, `[batch, heads, q_len]` (natural logarithm, float32).
+
+    Raises:
+        MaskError: if the shapes do not fit each other or the mask.
+        BackendUnavailableError: if the backend cannot run what is asked; the message says the way out.
+
+    Example:
+        >>> from swaa_flex.masks import causal, sinks, window
+        >>> query, key, value = torch.randn(3, 1, 2, 300, 16).unbind(0)
+        >>> attention(query, key, value, causal() & (window(64) | sinks(4))).shape
+        torch.Size([1, 2, 300, 16])
+    """
+    _check_shapes(query, key, value, sink_logits)
+    needs_grad = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (query, key, value, sink_logits) if t is not None
+    )
+    if isinstance(mask, AttentionPlan):
+        ready = _checked_plan(mask, query, key, needs_grad)
+    else:
+        if not isinstance(mask, Mask):
+            raise MaskError(
+                f"mask: expected a Mask or an AttentionPlan, not {type(mask).__name__}; wrap a mask_mod "
+                "with swaa_flex.masks.from_mask_mod"
+            )
+        chosen = backends.resolve(
+            backend,
+            query.device,
+            q_len=query.shape[2],
+            needs_grad=needs_grad,
+            dtype=query.dtype,
+            head_dim=max(query.shape[-1], value.shape[-1]),
+        )
+        ready = plan(
+            mask,
+            query.shape[2],
+            key.shape[2],
+            batch=query.shape[0],
+            heads=query.shape[1],
+            device=query.device,
+            backend=chosen,
+            needs_grad=needs_grad,
+        )
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if ready.backend == "chunked":
+        parts = tuple((s.first, s.mask, s.chunks) for s in ready.segments)
+        out, lse = chunked.attention(
+            query,
+            key,
+            value,
+            parts,
+            scale=scale,
+            softcap=softcap,
+            sink_logits=sink_logits,
+            return_lse=return_lse,
+        )
+    else:
+        out, lse = _flex(query, key, value, ready, scale, softcap, sink_logits, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ready: AttentionPlan,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    needs_lse = return_lse or sink_logits is not None
+    if needs_lse and ready.backend == "cpp":
+        raise BackendUnavailableError(
+            "backend='cpp' cannot run here: FlexAttention on CPU returns no log-sum-exp, which learned sink logits and "
+            "return_lse need; run without torch.compile, where backend='chunked' has both"
+        )
+    outs, lses = [], []
+    for segment in ready.segments:
+        rows = query if len(ready.segments) == 1 else query[:, :, segment.first : segment.stop]
+        out, lse = _call(rows, key, value, segment, ready.backend, scale, softcap, needs_lse)
+        outs.append(out)
+        lses.append(lse)
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+    if not needs_lse:
+        return out, None
+    lse = lses[0] if len(lses) == 1 else torch.cat(lses, dim=2)
+    if sink_logits is not None:
+        sinks = sink_logits.to(lse.dtype).view(1, -1, 1)
+        out = (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
+        lse = torch.logaddexp(lse, sinks)
+    return out, lse
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment: Segment,
+    backend: str,
+    scale: float,
+    softcap: float | None,
+    needs_lse: bool,
+) -> tuple[Tensor, Any]:
+    options = _kernel_options(query, key, segment, backend)
+    block_mask = segment.block_mask
+    assert block_mask is not None
+    if torch.compiler.is_compiling():
+        return _flex_call(query, key, value, block_mask, scale, softcap, needs_lse, options)
+    kind = (
+        _mask_kind(segment.mask, backend),
+        backend,
+        query.device,
+        query.dtype,
+        (query.shape[0] == 1, query.shape[2] == 1),
+        (query.shape[1], query.shape[3], key.shape[1], value.shape[3]),
+        (scale, softcap, needs_lse, tuple((options or {}).items())),
+        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+    )
+    return _compiled(kind)(query, key, value, block_mask, scale, softcap, needs_lse, options)
+
+
+def _flex_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    scale: float,
+    softcap: float | None,
+    needs_lse: bool,
+    options: Any,
+) -> tuple[Tensor, Any]:
+    def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
+
+    result = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=options,
+        return_aux=AuxRequest(lse=True) if needs_lse else None,
+    )
+    return (result[0], result[1].lse) if needs_lse else (result, None)
+
+
+@functools.cache
+def _compiled(kind: tuple[Any, ...]) -> Callable[..., tuple[Tensor, Any]]:
+    """A compiled `_flex_call` for one kind of call.
+
+    The function gets a code object of its own, because torch.compile counts recompilations per code object and
+    raises (with fullgraph) or runs uncompiled once there are more than `torch._dynamo.config.recompile_limit`.
+    """
+    own = types.FunctionType(_flex_call.__code__.replace(), globals(), "flex_attention")
+    return torch.compile(own, fullgraph=True)  # type: ignore[no-any-return]
+
+
+def _mask_kind(mask: Mask, backend: str) -> Any:
+    # FLASH inlines Python integers and refuses symbolic ones: one function per value there.
+    return (mask.structure, mask) if backend == "flash" else mask.structure
+
+
+def _kernel_options(query: Tensor, key: Tensor, segment: Segment, backend: str) -> dict[str, Any] | None:
+    if backend == "cpp":
+        return None
+    if backend == "flash":
+        return {"BACKEND": "FLASH"}
+    # The decode kernel holds all rows of a kv head's group in one tile, which must divide the sparse block.
+    group = query.shape[1] // key.shape[1]
+    rows = query.shape[2] * group
+    block_mask = segment.block_mask
+    assert block_mask is not None
+    power_of_two = group & (group - 1) == 0
+    decode = block_mask.full_kv_num_blocks is None and rows <= 64 and power_of_two
+    return {"BACKEND": "TRITON_DECODE" if decode and block_mask.kv_indices.shape[1] == 1 else "TRITON"}
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None) -> None:
+    if not (query.dim() == key.dim() == value.dim() == 4):
+        raise MaskError(
+            "query, key and value must be [batch, heads, len, head_dim]; got "
+            f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        )
+    same = query.shape[0] == key.shape[0] == value.shape[0] and query.shape[3] == key.shape[3]
+    if not same or key.shape[1:3] != value.shape[1:3] or query.shape[1] % key.shape[1]:
+        raise MaskError(
+            "query [batch, heads, q_len, head_dim], key [batch, kv_heads, kv_len, head_dim] and value [batch, "
+            f"kv_heads, kv_len, value_dim] do not fit: {list(query.shape)}, {list(key.shape)}, {list(value.shape)}; "
+            "heads must be a multiple of kv_heads"
+        )
+    if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
+        raise MaskError(
+            f"sink_logits: expected one per query head, [{query.shape[1]}], got {list(sink_logits.shape)}"
+        )
+
+
+def _checked_plan(ready: AttentionPlan, query: Tensor, key: Tensor, needs_grad: bool) -> AttentionPlan:
+    lengths = (query.shape[2], key.shape[2])
+    if (ready.q_len, ready.kv_len) != lengths:
+        raise MaskError(
+            f"the plan is for q_len={ready.q_len}, kv_len={ready.kv_len} and the tensors have {lengths[0]} and "
+            f"{lengths[1]}; make a plan for these lengths"
+        )
+    if needs_grad and not ready.needs_grad and ready.backend != "chunked":
+        raise MaskError("the plan was made without gradients; make it with plan(..., needs_grad=True)")
+    for name, given, own in (
+        ("batch", query.shape[0], ready.mask.batch_size),
+        ("heads", query.shape[1], ready.mask.num_heads),
+    ):
+        if own is not None and own != given:
+            raise MaskError(
+                f"the plan is for {name}={own} and the query has {given}; make a plan for this {name}"
+            )
+    return ready

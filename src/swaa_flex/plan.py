@@ -1,0 +1,148 @@
+"""From a `Mask` to what a backend runs: the layout choices that make its kernels fast and correct."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from . import backends, chunked
+from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
+from .masks import Mask, offset
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A stretch of query rows `[first, stop)` that is one kernel call."""
+
+    first: int
+    stop: int
+    mask: Mask  # evaluated at row indices counted from `first`
+    block_mask: BlockMask | None  # None for the chunked backend, which has
+    chunks: tuple[chunked.Chunk, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """A mask made ready for a backend: run it with `attention(query, key, value, plan)`.
+
+    Made by `plan`; all layers with the same mask and lengths share one.
+    """
+
+    mask: Mask
+    backend: str
+    q_len: int
+    kv_len: int
+    segments: tuple[Segment, ...]
+    needs_grad: bool
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"rows {s.first}-{s.stop - 1}: {s.mask!r}" for s in self.segments)
+        return f"AttentionPlan({self.backend}, {self.q_len} x {self.kv_len}, {rows})"
+
+
+def plan(
+    mask: Mask,
+    q_len: int,
+    kv_len: int,
+    *,
+    batch: int | None = None,
+    heads: int | None = None,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    q_offset: int | Tensor = 0,
+    needs_grad: bool = False,
+) -> AttentionPlan:
+    """Turns a mask into what a backend runs.
+
+    Where a few rows see much more than the others and are known from Python integers (`rows_from(int)`), the
+    query range is split into several kernel calls, so that those rows do not widen the lists of all rows.
+
+    Args:
+        mask: the mask; query row i is evaluated at i + `q_offset`, key j at j.
+        q_len: number of query rows.
+        kv_len: number of keys.
+        batch: number of sequences, or None for one mask for all.
+        heads: number of query heads, or None for one mask for all.
+        device: the device of the query.
+        backend: "auto", "flash", "triton", "cpp" or "chunked".
+        q_offset: added to query indices, an int or a 0-d integer tensor.
+        needs_grad: whether the backward pass will run.
+
+    Returns:
+        The plan.
+
+    Raises:
+        MaskError: if a length is not positive, or the mask holds tensors for another batch or number of heads.
+        ConfigError: if `backend` is no backend.
+        BackendUnavailableError: if the backend cannot run here; the message says what is missing.
+
+    Example:
+        >>> from swaa_flex.masks import causal, rows_from, window
+        >>> plan(causal() & (window(256) | rows_from(4000)), 4096, 4096)
+        AttentionPlan(chunked, 4096 x 4096, rows 0-3999: causal & window(256), rows 4000-4095: offset(causal, q=4000))
+    """
+    check_sizes(mask, q_len, kv_len, batch, heads)
+    device = torch.device(device)
+    backend = backends.resolve(backend, device, q_len=q_len, needs_grad=needs_grad)
+    segments = tuple(
+        _segment(part, first, stop, kv_len, device, backend, q_offset, needs_grad)
+        for first, stop, part in _split(mask, q_len, kv_len, q_offset, device)
+    )
+    return AttentionPlan(mask, backend, q_len, kv_len, segments, needs_grad)
+
+
+def _split(
+    mask: Mask, q_len: int, kv_len: int, q_offset: int | Tensor, device: torch.device
+) -> list[tuple[int, int, Mask]]:
+    """Query ranges with the mask of each, one range unless splitting makes some lists shorter."""
+    if isinstance(q_offset, Tensor):
+        return [(0, q_len, mask)]
+    breaks = sorted(row - q_offset for row in mask.row_breaks())
+    edges = [0, *(row for row in breaks if 0 < row < q_len), q_len]
+    parts = [
+        (a, b, mask.for_rows(a + q_offset, b - 1 + q_offset)) for a, b in zip(edges, edges[1:], strict=False)
+    ]
+    if len(parts) > 1:
+        whole = _width(mask, q_offset, q_len, kv_len, device)
+        if all(_width(part, q_offset + a, b - a, kv_len, device) >= whole for a, b, part in parts):
+            return [(0, q_len, mask)]
+    return parts
+
+
+def _width(mask: Mask, q_offset: int, q_len: int, kv_len: int, device: torch.device) -> int:
+    return list_width(row_block_bounds(offset(mask, q=q_offset), q_len, kv_len, BLOCK_SIZE, device), kv_len)
+
+
+def _segment(
+    mask: Mask,
+    first: int,
+    stop: int,
+    kv_len: int,
+    device: torch.device,
+    backend: str,
+    q_offset: int | Tensor,
+    needs_grad: bool,
+) -> Segment:
+    q_len, shift = stop - first, q_offset + first
+    if backend == "chunked":
+        local = offset(mask, q=shift)
+        return Segment(first, stop, local, None, chunked.chunks(local, q_len, kv_len, device))
+    if backend == "flash" and not isinstance(shift, Tensor) and shift != 0:
+        # FLASH inlines captured Python integers, so one that varies between calls must be a tensor.
+        shift = torch.full((), shift, device=device, dtype=torch.int32)
+    local = offset(mask, q=shift)
+    block_mask = layout(
+        local,
+        q_len,
+        kv_len,
+        device=device,
+        # The compiled CPU kernel insists on kv_len <= list width * block (torch 2.11 to 2.13, flex_cpu.py).
+        full_width=backend == "cpp",
+        # The decode kernel sizes its splits by kv_len instead of by the list once there are full blocks.
+        separate_full=backend != "triton" or q_len >= BLOCK_SIZE or needs_grad,
+        needs_grad=needs_grad,
+    )
+    return Segment(first, stop, local, block_mask, ())
