@@ -137,9 +137,7 @@ def test_known_backend_is_accepted(backend):
     assert SWAAConfig(backend=backend).backend == backend
 
 
-@pytest.mark.parametrize(
-    ("value", "nearest"), [("flsh", "flash"), ("TRITON", "triton"), ("chunk", "chunked")]
-)
+@pytest.mark.parametrize(("value", "nearest"), [("flsh", "flash"), ("TRITON", "triton"), ("chunk", "chunked")])
 def test_unknown_backend_suggests_the_nearest(value, nearest):
     with pytest.raises(ConfigError) as caught:
         SWAAConfig(backend=value)
@@ -294,9 +292,7 @@ def test_layer_set_selects_the_layers_it_names(layers, num_hidden_layers, expect
 
 @given(slices, st.integers(1, 80))
 def test_slice_selects_what_it_selects_in_python(text, num_hidden_layers):
-    expected = eval(
-        f"range(num_hidden_layers)[{text}]", {"range": range, "num_hidden_layers": num_hidden_layers}
-    )
+    expected = eval(f"range(num_hidden_layers)[{text}]", {"range": range, "num_hidden_layers": num_hidden_layers})
     config = SWAAConfig(full_attention_layers=text)
     if expected:
         assert full_layers(config, num_hidden_layers) == sorted(expected)

@@ -68,9 +68,7 @@ class SWAAConfig:
                 expected="at least 1 token as an int, or None for full attention in every layer",
             )
         for field in ("sink_tokens", "dense_tail"):
-            _check_int(
-                field, getattr(self, field), minimum=0, expected="a number of tokens as an int, 0 for none"
-            )
+            _check_int(field, getattr(self, field), minimum=0, expected="a number of tokens as an int, 0 for none")
         full_layers = _layer_set("full_attention_layers", self.full_attention_layers)
         object.__setattr__(self, "full_attention_layers", full_layers)
         if not isinstance(self.full_attention_decode, bool):
@@ -111,8 +109,7 @@ class SWAAConfig:
         else:
             decode = _select("full_attention_decode", self.full_attention_decode, num_hidden_layers)
         return tuple(
-            LayerKind(full=layer in full, full_attention_decode=layer in full or layer in decode)
-            for layer in layers
+            LayerKind(full=layer in full, full_attention_decode=layer in full or layer in decode) for layer in layers
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,9 +211,7 @@ def _check_keys(values: Mapping[str, Any], known: tuple[str, ...]) -> None:
         raise ConfigError(f"expected a dict with keys among {', '.join(known)}, got {values!r}")
     for key in values:
         if key not in known:
-            raise ConfigError(
-                f"unknown key {key!r}: expected one of {', '.join(known)}{did_you_mean(key, known)}"
-            )
+            raise ConfigError(f"unknown key {key!r}: expected one of {', '.join(known)}{did_you_mean(key, known)}")
 
 
 def _layer_set(field: str, value: object) -> str | tuple[int, ...]:
