@@ -2,11 +2,11 @@
 
 from . import masks, recipes
 from ._version import __version__
+from .algebra import Mask
 from .block_mask import build_block_mask
 from .config import SWAAConfig
 from .errors import BackendUnavailableError, ConfigError, MaskError, UnsupportedModelError
 from .kernels import attention
-from .masks import Mask
 from .plan import AttentionPlan, plan
 
 __all__ = [

@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from .algebra import Mask
 from .errors import MaskError
-from .intervals import Bounds, Interval, Linear, Rows, Union, max_lengths, symbolic
-from .masks import Mask, offset
-
-_LISTS = {
-    f"{full}{side}_{part}"
-    for full in ("", "full_")
-    for side in ("kv", "q")
-    for part in ("num_blocks", "indices")
-}
+from .intervals import Bounds, Interval, Linear, Rows, Union, symbolic
+from .masks import offset
 
 BLOCK_SIZE = 128
 """Rows and keys per block, FlexAttention's default sparse block size."""
@@ -100,37 +94,42 @@ def layout(
     width = -(-kv_len // block_size) if full_width else list_width(bounds, kv_len, block_size)
     shape = torch.broadcast_shapes(*(end.shape for ends in (*partial, *full) for end in ends))
     like = partial[0][0].new_zeros(shape)
-    lists: dict[str, Tensor] = {}
+    kv_blocks = -(-kv_len // block_size)
     # Both lists must be equally wide: kernels address the full one with the strides of the partial one
     # (torch 2.11 forward and backward, the decode kernel of every version).
-    lists["kv_num_blocks"], lists["kv_indices"] = _listed(partial, width, like)
-    if separate_full:
-        lists["full_kv_num_blocks"], lists["full_kv_indices"] = _listed(full, width, like)
-    if needs_grad:
-        kv_blocks = -(-kv_len // block_size)
-        lists["q_num_blocks"], lists["q_indices"] = _transposed(partial, kv_blocks, like)
-        if separate_full:
-            lists["full_q_num_blocks"], lists["full_q_indices"] = _transposed(full, kv_blocks, like)
-    empty = dict.fromkeys(_LISTS - lists.keys())
+    lists: dict[str, Tensor] = {}
+    for prefix, ranges in (("", partial), ("full_", full)) if separate_full else (("", partial),):
+        lists[f"{prefix}kv_num_blocks"], lists[f"{prefix}kv_indices"] = _listed(ranges, width, like)
+        if needs_grad:
+            lists[f"{prefix}q_num_blocks"], lists[f"{prefix}q_indices"] = _transposed(ranges, kv_blocks, like)
     return BlockMask(
-        seq_lengths=(q_len, kv_len), BLOCK_SIZE=(block_size, block_size), mask_mod=mask, **lists, **empty
+        seq_lengths=(q_len, kv_len),
+        kv_num_blocks=lists["kv_num_blocks"],
+        kv_indices=lists["kv_indices"],
+        full_kv_num_blocks=lists.get("full_kv_num_blocks"),
+        full_kv_indices=lists.get("full_kv_indices"),
+        q_num_blocks=lists.get("q_num_blocks"),
+        q_indices=lists.get("q_indices"),
+        full_q_num_blocks=lists.get("full_q_num_blocks"),
+        full_q_indices=lists.get("full_q_indices"),
+        BLOCK_SIZE=(block_size, block_size),
+        mask_mod=mask,
     )
 
 
 def list_width(bounds: Bounds, kv_len: int, block_size: int = BLOCK_SIZE) -> int:
     """How many kv blocks a row block can list at most, from Python integers alone."""
     kv_blocks = -(-kv_len // block_size)
-    lengths = max_lengths(bounds.superset)
-    if lengths is None:
-        return kv_blocks
-    # An interval of n keys touches at most ceil((n - 1) / block) + 1 blocks.
-    touched = sum((length + block_size - 2) // block_size + 1 for length in lengths if length > 0)
+    touched = 0
+    for interval in bounds.superset:
+        blocks = interval.max_blocks(block_size)
+        if blocks is None:
+            return kv_blocks
+        touched += blocks
     return max(1, min(kv_blocks, touched))
 
 
-def row_block_bounds(
-    mask: Mask, q_len: int, kv_len: int, block_size: int, device: torch.device | str
-) -> Bounds:
+def row_block_bounds(mask: Mask, q_len: int, kv_len: int, block_size: int, device: torch.device | str) -> Bounds:
     """Bounds of each block of `block_size` rows, clipped to the keys there are."""
     first = torch.arange(-(-q_len // block_size), device=device)[None, None, :] * block_size
     start = symbolic(first)
@@ -204,9 +203,7 @@ def _merged(ranges: list[Range]) -> list[Range]:
         before, reach = result[-1]
         touches = start <= reach
         result[-1] = (before, torch.where(touches, before, reach))  # emptied if it joins the next one
-        result.append(
-            (torch.where(touches, before, start), torch.where(touches, torch.maximum(reach, stop), stop))
-        )
+        result.append((torch.where(touches, before, start), torch.where(touches, torch.maximum(reach, stop), stop)))
     return result
 
 

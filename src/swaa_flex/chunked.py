@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .algebra import Mask
 from .block_mask import Range, merged_ranges, row_block_bounds
-from .masks import Mask
 
 CHUNK_ROWS = 256
 
@@ -85,7 +85,7 @@ def attention(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if not (needs_grad or softcap is not None or sink_logits is not None or return_lse):
         return _fused(query, key, value, parts, scale), None
-    out, lse = _ChunkedAttention.apply(query, key, value, sink_logits, parts, scale, softcap)
+    out, lse = _ChunkedAttention.apply(query, key, value, sink_logits, parts, scale, softcap)  # type: ignore[no-untyped-call]
     return out, lse if return_lse else None
 
 
@@ -218,9 +218,7 @@ def _per_group(visible: Tensor, heads: int, kv_heads: int) -> Tensor:
 def _kept(x: Tensor, chunk: Chunk) -> Tensor:
     if len(chunk.kept) == 1:
         return x[:, :, slice(*chunk.kept[0])]
-    return (
-        torch.cat([x[:, :, start:stop] for start, stop in chunk.kept], dim=2) if chunk.kept else x[:, :, :0]
-    )
+    return torch.cat([x[:, :, start:stop] for start, stop in chunk.kept], dim=2) if chunk.kept else x[:, :, :0]
 
 
 def _add_kept(total: Tensor, chunk: Chunk, part: Tensor) -> None:

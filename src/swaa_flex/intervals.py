@@ -38,6 +38,7 @@ class Linear:
     offset: int = 0
 
     def plus(self, other: Linear | int, sign: int = 1) -> Linear:
+        """The sum with `sign` times another expression."""
         if not isinstance(other, Linear):
             return Linear(self.symbols, self.offset + sign * other)
         symbols = list(self.symbols)
@@ -52,9 +53,11 @@ class Linear:
         return Linear(tuple(s for s in symbols if s[1] != 0), self.offset + sign * other.offset)
 
     def minus(self, other: Linear | int) -> Linear:
+        """The difference."""
         return self.plus(other, -1)
 
     def value(self) -> Tensor | int:
+        """The number, or the tensor of numbers."""
         total: Tensor | int = self.offset
         for symbol, coefficient in self.symbols:
             total = total + (symbol.value if coefficient == 1 else symbol.value * coefficient)
@@ -62,7 +65,7 @@ class Linear:
 
     def comparable(self, other: Linear) -> bool:
         """Whether the difference of the two is a Python integer."""
-        return not self.minus(other).symbols
+        return len(self.minus(other).symbols) == 0
 
 
 def symbolic(value: Tensor | int) -> Linear:
@@ -78,6 +81,7 @@ class Rows:
     last: Linear
 
     def shift(self, delta: Linear | int) -> Rows:
+        """The same rows counted from elsewhere."""
         return Rows(self.first.plus(delta), self.last.plus(delta))
 
 
@@ -93,6 +97,7 @@ class Interval:
     length: int | None = None
 
     def intersect(self, other: Interval) -> Interval:
+        """Keys in both intervals."""
         return Interval(
             _merge_ends(self.starts, other.starts, larger=True),
             _merge_ends(self.stops, other.stops, larger=False),
@@ -100,6 +105,7 @@ class Interval:
         )
 
     def shift(self, delta: Linear | int) -> Interval:
+        """The same interval in key coordinates moved by `delta`."""
         return Interval(
             tuple(s.plus(delta) for s in self.starts), tuple(s.plus(delta) for s in self.stops), self.length
         )
@@ -108,12 +114,22 @@ class Interval:
         """A bound of the length from Python integers alone, or None."""
         bound = self.length
         for start, stop in itertools.product(self.starts, self.stops):
-            difference = stop.minus(start)
-            if not difference.symbols:
-                bound = _smaller(bound, difference.offset)
+            if stop.comparable(start):
+                bound = _smaller(bound, stop.offset - start.offset)
+        return None if bound is None else max(bound, 0)
+
+    def max_blocks(self, block_size: int) -> int | None:
+        """How many blocks of keys the interval can touch, from Python integers alone, or None."""
+        length = self.max_length()
+        # n keys touch at most ceil((n - 1) / block) + 1 blocks.
+        bound = None if length is None else (length + block_size - 2) // block_size + 1 if length > 0 else 0
+        for start, stop in itertools.product(self.starts, self.stops):
+            if start.comparable(Linear()) and stop.comparable(Linear()):
+                bound = _smaller(bound, max(-(-stop.offset // block_size) - start.offset // block_size, 0))
         return bound
 
     def values(self) -> tuple[Tensor | int, Tensor | int]:
+        """Start and stop as numbers or tensors."""
         return _extreme(self.starts, -_FAR, largest=True), _extreme(self.stops, _FAR, largest=False)
 
     def when(self, condition: Tensor) -> Interval:
@@ -138,11 +154,10 @@ class Bounds:
 
     def shift(self, delta: Linear | int) -> Bounds:
         """The same bounds in key coordinates moved by `delta`."""
-        return Bounds(
-            tuple(i.shift(delta) for i in self.superset), tuple(i.shift(delta) for i in self.subset)
-        )
+        return Bounds(tuple(i.shift(delta) for i in self.superset), tuple(i.shift(delta) for i in self.subset))
 
     def clip(self, interval: Interval) -> Bounds:
+        """Both unions within an interval."""
         return Bounds(
             tuple(i.intersect(interval) for i in self.superset),
             tuple(i.intersect(interval) for i in self.subset),
@@ -150,6 +165,7 @@ class Bounds:
 
 
 def intersection(left: Bounds, right: Bounds) -> Bounds:
+    """Bounds of `left & right`."""
     superset, subset = (
         tuple(x.intersect(y) for x in a for y in b)
         for a, b in ((left.superset, right.superset), (left.subset, right.subset))
@@ -158,6 +174,7 @@ def intersection(left: Bounds, right: Bounds) -> Bounds:
 
 
 def union(left: Bounds, right: Bounds) -> Bounds:
+    """Bounds of `left | right`."""
     return Bounds(
         _hull_excess(_absorb(left.superset + right.superset)),
         _absorb(left.subset + right.subset)[:MAX_INTERVALS],
@@ -170,6 +187,7 @@ def complement(bounds: Bounds) -> Bounds:
 
 
 def where(condition: Tensor, then: Bounds, otherwise: Bounds) -> Bounds:
+    """Bounds of one mask where `condition` (as in `Interval.when`) holds, of another elsewhere."""
     superset, subset = (
         tuple(_select(condition, a, b) for a, b in itertools.zip_longest(x, y, fillvalue=_EMPTY))
         for x, y in ((then.superset, otherwise.superset), (then.subset, otherwise.subset))
@@ -185,16 +203,6 @@ def conditional(some: Tensor, all_: Tensor) -> Bounds:
         all_: likewise: every row of the block does.
     """
     return Bounds((Interval().when(some),), (Interval().when(all_),))
-
-
-def max_lengths(intervals: Union) -> list[int] | None:
-    """How long each interval can be, or None if one of them has no bound."""
-    lengths = [i.max_length() for i in intervals]
-    return (
-        None
-        if any(length is None for length in lengths)
-        else [length for length in lengths if length is not None]
-    )
 
 
 def _smaller(a: int | None, b: int | None) -> int | None:
@@ -238,7 +246,7 @@ def _minimum(a: Tensor | int, b: Tensor | int) -> Tensor | int:
 
 def _absorb(intervals: Union) -> Union:
     """If one of the intervals is everything, the others add nothing."""
-    return EVERYTHING if any(not i.starts and not i.stops for i in intervals) else intervals
+    return EVERYTHING if any(len(i.starts) + len(i.stops) == 0 for i in intervals) else intervals
 
 
 def _hull_excess(intervals: Union) -> Union:
@@ -277,9 +285,7 @@ def _single(ends: tuple[Linear, ...], default: int, largest: bool) -> Linear:
 
 
 def _select(condition: Tensor, then: Interval, otherwise: Interval) -> Interval:
-    starts, stops = (
-        torch.where(condition, a, b) for a, b in zip(then.values(), otherwise.values(), strict=True)
-    )
+    starts, stops = (torch.where(condition, a, b) for a, b in zip(then.values(), otherwise.values(), strict=True))
     lengths = then.max_length(), otherwise.max_length()
     length = None if lengths[0] is None or lengths[1] is None else max(lengths[0], lengths[1])
     return Interval((symbolic(starts),), (symbolic(stops),), length)

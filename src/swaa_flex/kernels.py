@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from . import backends, chunked
+from .algebra import Mask
+from .block_mask import check_sizes
 from .errors import BackendUnavailableError, MaskError
-from .masks import Mask
 from .plan import AttentionPlan, Segment, plan
 
 
@@ -108,7 +109,10 @@ def attention(
         )
     else:
         out, lse = _flex(query, key, value, ready, scale, softcap, sink_logits, return_lse)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None
+    return out, lse
 
 
 def _flex(
@@ -124,15 +128,16 @@ def _flex(
     needs_lse = return_lse or sink_logits is not None
     if needs_lse and ready.backend == "cpp":
         raise BackendUnavailableError(
-            "backend='cpp' cannot run here: FlexAttention on CPU returns no log-sum-exp, which learned sink logits and "
-            "return_lse need; run without torch.compile, where backend='chunked' has both"
+            "backend='cpp' cannot run here: FlexAttention on CPU returns no log-sum-exp, which learned sink logits "
+            "and return_lse need; run without torch.compile, where backend='chunked' has both"
         )
     outs, lses = [], []
     for segment in ready.segments:
         rows = query if len(ready.segments) == 1 else query[:, :, segment.first : segment.stop]
-        out, lse = _call(rows, key, value, segment, ready.backend, scale, softcap, needs_lse)
-        outs.append(out)
-        lses.append(lse)
+        part, part_lse = _call(rows, key, value, segment, ready.backend, scale, softcap, needs_lse)
+        outs.append(part)
+        if part_lse is not None:
+            lses.append(part_lse)
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
     if not needs_lse:
         return out, None
@@ -153,7 +158,7 @@ def _call(
     scale: float,
     softcap: float | None,
     needs_lse: bool,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Tensor | None]:
     options = _kernel_options(query, key, segment, backend)
     block_mask = segment.block_mask
     assert block_mask is not None
@@ -181,11 +186,11 @@ def _flex_call(
     softcap: float | None,
     needs_lse: bool,
     options: Any,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Tensor | None]:
     def capped(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
 
-    result = flex_attention(
+    out, aux = flex_attention(
         query,
         key,
         value,
@@ -194,20 +199,20 @@ def _flex_call(
         scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=options,
-        return_aux=AuxRequest(lse=True) if needs_lse else None,
+        return_aux=AuxRequest(lse=needs_lse),
     )
-    return (result[0], result[1].lse) if needs_lse else (result, None)
+    return out, aux.lse
 
 
 @functools.cache
-def _compiled(kind: tuple[Any, ...]) -> Callable[..., tuple[Tensor, Any]]:
+def _compiled(kind: tuple[Any, ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """A compiled `_flex_call` for one kind of call.
 
     The function gets a code object of its own, because torch.compile counts recompilations per code object and
     raises (with fullgraph) or runs uncompiled once there are more than `torch._dynamo.config.recompile_limit`.
     """
     own = types.FunctionType(_flex_call.__code__.replace(), globals(), "flex_attention")
-    return torch.compile(own, fullgraph=True)  # type: ignore[no-any-return]
+    return torch.compile(own, fullgraph=True)
 
 
 def _mask_kind(mask: Mask, backend: str) -> Any:
@@ -244,9 +249,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor
             "heads must be a multiple of kv_heads"
         )
     if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
-        raise MaskError(
-            f"sink_logits: expected one per query head, [{query.shape[1]}], got {list(sink_logits.shape)}"
-        )
+        raise MaskError(f"sink_logits: expected one per query head, [{query.shape[1]}], got {list(sink_logits.shape)}")
 
 
 def _checked_plan(ready: AttentionPlan, query: Tensor, key: Tensor, needs_grad: bool) -> AttentionPlan:
@@ -258,12 +261,5 @@ def _checked_plan(ready: AttentionPlan, query: Tensor, key: Tensor, needs_grad: 
         )
     if needs_grad and not ready.needs_grad and ready.backend != "chunked":
         raise MaskError("the plan was made without gradients; make it with plan(..., needs_grad=True)")
-    for name, given, own in (
-        ("batch", query.shape[0], ready.mask.batch_size),
-        ("heads", query.shape[1], ready.mask.num_heads),
-    ):
-        if own is not None and own != given:
-            raise MaskError(
-                f"the plan is for {name}={own} and the query has {given}; make a plan for this {name}"
-            )
+    check_sizes(ready.mask, *lengths, batch=query.shape[0], heads=query.shape[1])
     return ready

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import backends, chunked
+from .algebra import Mask
 from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
-from .masks import Mask, offset
+from .masks import offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +104,7 @@ def _split(
         return [(0, q_len, mask)]
     breaks = sorted(row - q_offset for row in mask.row_breaks())
     edges = [0, *(row for row in breaks if 0 < row < q_len), q_len]
-    parts = [
-        (a, b, mask.for_rows(a + q_offset, b - 1 + q_offset)) for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    parts = [(a, b, mask.for_rows(a + q_offset, b - 1 + q_offset)) for a, b in itertools.pairwise(edges)]
     if len(parts) > 1:
         whole = _width(mask, q_offset, q_len, kv_len, device)
         if all(_width(part, q_offset + a, b - a, kv_len, device) >= whole for a, b, part in parts):

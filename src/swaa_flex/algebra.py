@@ -1,0 +1,280 @@
+"""`Mask` and its algebra: composition, equality, structure, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from . import intervals
+from .errors import MaskError
+from .intervals import EVERYTHING, Bounds, Rows
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Mask:
+    """A FlexAttention `mask_mod` that composes with `&`, `|` and `~` and knows its geometry.
+
+    Masks are immutable. Two masks are equal if they have the same structure and the same values; tensors and
+    user functions compare by identity. Use the functions of this module to make one.
+    """
+
+    _precedence: ClassVar[int] = 3
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """Whether query row `q_idx` of batch entry `b` and query head `h` sees key `kv_idx`.
+
+        Takes integer tensors that broadcast together (scalars inside FlexAttention) and returns a bool tensor
+        that broadcasts to their common shape.
+        """
+        raise NotImplementedError
+
+    def bounds(self, rows: Rows) -> Bounds:
+        """The keys that some row of the block may see, and keys that every row of it sees."""
+        raise NotImplementedError
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(_flat(And, self) + _flat(And, other)) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(_flat(Or, self) + _flat(Or, other)) if isinstance(other, Mask) else NotImplemented
+
+    def __invert__(self) -> Mask:
+        return self.mask if isinstance(self, Not) else Not(self)
+
+    def __bool__(self) -> bool:
+        raise MaskError("a mask has no truth value; combine masks with & | ~ instead of and, or, not")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    @property
+    def batch_size(self) -> int | None:
+        """Number of sequences that the tensors in the mask are for, or None if it is the same for all."""
+        return self._common("batch_size")
+
+    @property
+    def num_heads(self) -> int | None:
+        """Number of query heads that the mask distinguishes, or None if it is the same for all."""
+        return self._common("num_heads")
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """What kind of mask this is, without its values: masks of one structure share compiled code."""
+        return (type(self).__name__, *(_structure(value) for value in self._values()))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that name the mask across processes and machines.
+
+        Raises:
+            MaskError: if the mask holds a tensor, or a function with a closure: their values have no stable name.
+        """
+        return hashlib.sha256(repr(_stable(self)).encode()).hexdigest()[:16]
+
+    def for_rows(self, first: int, last: int) -> Mask:
+        """An equal mask for query rows `first` to `last` (inclusive), simpler where that is known.
+
+        >>> from swaa_flex.masks import causal, rows_from, window
+        >>> (causal() & (window(8) | rows_from(100))).for_rows(100, 120)
+        causal
+        >>> (causal() & (window(8) | rows_from(100))).for_rows(0, 99)
+        causal & window(8)
+        """
+        return self
+
+    def row_breaks(self) -> frozenset[int]:
+        """Query rows at which `for_rows` changes its answer."""
+        return frozenset()
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, f.name) for f in fields(self) if f.compare)  # type: ignore[arg-type]
+
+    def _identity(self) -> tuple[Any, ...]:
+        return (type(self), *(_identity(value) for value in self._values()))
+
+    def _common(self, attribute: str) -> int | None:
+        sizes = {getattr(mask, attribute) for value in self._values() for mask in _masks_in(value)} - {None}
+        if len(sizes) > 1:
+            raise MaskError(
+                f"the parts of {self!r} hold tensors for different numbers ({attribute} "
+                f"{sorted(sizes)}); build them all for the same batch and heads"
+            )
+        return sizes.pop() if sizes else None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Everything(Mask):
+    """Every row sees every key."""
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return kv_idx >= kv_idx
+
+    def bounds(self, rows: Rows) -> Bounds:
+        return Bounds(EVERYTHING, EVERYTHING)
+
+    def __repr__(self) -> str:
+        return "everything"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class And(Mask):
+    """What all of the masks allow."""
+
+    masks: tuple[Mask, ...]
+    _precedence: ClassVar[int] = 2
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        result = self.masks[0](b, h, q_idx, kv_idx)
+        for mask in self.masks[1:]:
+            result = result & mask(b, h, q_idx, kv_idx)
+        return result
+
+    def bounds(self, rows: Rows) -> Bounds:
+        result = self.masks[0].bounds(rows)
+        for mask in self.masks[1:]:
+            result = intervals.intersection(result, mask.bounds(rows))
+        return result
+
+    def for_rows(self, first: int, last: int) -> Mask:
+        masks = [mask.for_rows(first, last) for mask in self.masks]
+        if any(_is_nothing(mask) for mask in masks):
+            return ~Everything()
+        return _combine(And, [mask for mask in masks if not isinstance(mask, Everything)], Everything())
+
+    def row_breaks(self) -> frozenset[int]:
+        return frozenset().union(*(mask.row_breaks() for mask in self.masks))
+
+    def __repr__(self) -> str:
+        return " & ".join(_parenthesised(mask, self._precedence) for mask in self.masks)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Or(Mask):
+    """What any of the masks allows."""
+
+    masks: tuple[Mask, ...]
+    _precedence: ClassVar[int] = 1
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        result = self.masks[0](b, h, q_idx, kv_idx)
+        for mask in self.masks[1:]:
+            result = result | mask(b, h, q_idx, kv_idx)
+        return result
+
+    def bounds(self, rows: Rows) -> Bounds:
+        result = self.masks[0].bounds(rows)
+        for mask in self.masks[1:]:
+            result = intervals.union(result, mask.bounds(rows))
+        return result
+
+    def for_rows(self, first: int, last: int) -> Mask:
+        masks = [mask.for_rows(first, last) for mask in self.masks]
+        if any(isinstance(mask, Everything) for mask in masks):
+            return Everything()
+        return _combine(Or, [mask for mask in masks if not _is_nothing(mask)], ~Everything())
+
+    def row_breaks(self) -> frozenset[int]:
+        return frozenset().union(*(mask.row_breaks() for mask in self.masks))
+
+    def __repr__(self) -> str:
+        return " | ".join(_parenthesised(mask, self._precedence) for mask in self.masks)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Not(Mask):
+    """What the mask does not allow."""
+
+    mask: Mask
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return ~self.mask(b, h, q_idx, kv_idx)
+
+    def bounds(self, rows: Rows) -> Bounds:
+        return intervals.complement(self.mask.bounds(rows))
+
+    def for_rows(self, first: int, last: int) -> Mask:
+        return ~self.mask.for_rows(first, last)
+
+    def row_breaks(self) -> frozenset[int]:
+        return self.mask.row_breaks()
+
+    def __repr__(self) -> str:
+        return f"~{_parenthesised(self.mask, self._precedence)}"
+
+
+def _flat(kind: type[And] | type[Or], mask: Mask) -> tuple[Mask, ...]:
+    return mask.masks if isinstance(mask, kind) else (mask,)
+
+
+def _combine(kind: type[And] | type[Or], masks: list[Mask], neutral: Mask) -> Mask:
+    flat = tuple(part for mask in masks for part in _flat(kind, mask))
+    return neutral if not flat else flat[0] if len(flat) == 1 else kind(flat)
+
+
+def _is_nothing(mask: Mask) -> bool:
+    return isinstance(mask, Not) and isinstance(mask.mask, Everything)
+
+
+def _parenthesised(mask: Mask, outer: int) -> str:
+    return f"({mask!r})" if mask._precedence < outer else repr(mask)
+
+
+def _masks_in(value: object) -> list[Mask]:
+    if isinstance(value, Mask):
+        return [value]
+    return [part for part in value if isinstance(part, Mask)] if isinstance(value, tuple) else []
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_identity(part) for part in value)
+    return ("id", id(value)) if isinstance(value, Tensor) else value
+
+
+def _structure(value: Any) -> Any:
+    if isinstance(value, Mask):
+        return value.structure
+    if isinstance(value, tuple):
+        return tuple(_structure(part) for part in value)
+    if isinstance(value, Tensor):
+        return ("tensor", value.dim(), value.dtype, value.numel() == 1)
+    return type(value) if isinstance(value, int) else getattr(value, "__code__", value)
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, Mask):
+        return (type(value).__name__, *(_stable(part) for part in value._values()))
+    if isinstance(value, tuple):
+        return tuple(_stable(part) for part in value)
+    if isinstance(value, types.FunctionType) and not value.__closure__ and not value.__defaults__:
+        return _stable_code(value.__code__)
+    if isinstance(value, int):
+        return value
+    raise MaskError(
+        f"{type(value).__name__} in the mask has no stable fingerprint; only masks of integers and of functions "
+        "without closure have one"
+    )
+
+
+def _stable_code(code: types.CodeType) -> Any:
+    constants = tuple(_stable_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts)
+    return (code.co_code.hex(), code.co_names, constants)
+
+
+def describe(tensor: Tensor) -> str:
+    """Dtype and shape in words, for messages."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
+
+
+def brief(value: int | Tensor) -> str:
+    """A value inside the repr of a mask."""
+    return f"<{describe(value)}>" if isinstance(value, Tensor) else str(value)

@@ -1,0 +1,77 @@
+"""Hypothesis strategies: random compositions of masks."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from swaa_flex import Mask
+from swaa_flex import masks as M
+
+HEADS = 2
+BATCH = 2
+
+
+def third_diagonals(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    return (q_idx + kv_idx + h) % 3 != b
+
+
+def contiguous_ids(length: int, cuts: list[int]) -> Tensor:
+    ids = torch.zeros(length, dtype=torch.long)
+    for cut in cuts:
+        ids[cut % length :] += 1
+    return ids
+
+
+@st.composite
+def compositions(draw: st.DrawFn, length: int, depth: int = 3) -> Mask:
+    """A mask over at most `length` rows and keys, for batch 2 and 2 heads."""
+    sizes = st.integers(1, length + 5)
+    cuts = st.lists(st.integers(0, length - 1), max_size=4)
+
+    def padding() -> Tensor:
+        mask = torch.zeros(BATCH, length, dtype=torch.long)
+        for row in mask:
+            first = draw(st.integers(0, length - 1))
+            row[first : draw(st.integers(first + 1, length))] = 1
+        return mask
+
+    kinds = ["causal", "window", "sinks", "rows_from", "rows_per_sequence", "rows_where", "documents", "function"]
+    if depth > 0:
+        kinds += ["and", "and", "or", "or", "not", "heads", "offset", "packed", "left_padded", "kv_positions"]
+    kind = draw(st.sampled_from(kinds))
+    part = compositions(length, depth - 1)
+    match kind:
+        case "causal":
+            return M.causal()
+        case "window":
+            return M.window(draw(sizes))
+        case "sinks":
+            return M.sinks(draw(sizes))
+        case "rows_from":
+            return M.rows_from(draw(sizes))
+        case "rows_per_sequence":
+            return M.rows_from(torch.tensor(draw(st.lists(sizes, min_size=BATCH, max_size=BATCH))))
+        case "rows_where":
+            return M.rows_where(contiguous_ids(length, draw(cuts)) % 2 == 1)
+        case "documents":
+            return M.documents(torch.stack([contiguous_ids(length, draw(cuts)) for _ in range(BATCH)]))
+        case "function":
+            return M.from_mask_mod(third_diagonals)
+        case "and":
+            return draw(part) & draw(part)
+        case "or":
+            return draw(part) | draw(part)
+        case "not":
+            return ~draw(part)
+        case "heads":
+            return M.heads([True, False], draw(part), draw(part))
+        case "offset":
+            kv = draw(st.integers(-length, length))
+            return M.offset(draw(st.sampled_from([M.causal(), M.window(40), M.sinks(9)])), q=draw(sizes), kv=kv)
+        case "packed":
+            return M.packed(draw(part), document_ids=contiguous_ids(length, draw(cuts)))
+        case "left_padded":
+            return M.left_padded(draw(part), padding())
+        case _:
+            order = torch.randperm(length) - draw(st.integers(0, 3))
+            return M.kv_positions(draw(st.sampled_from([M.causal(), M.window(40), M.sinks(9)])), order.clamp(min=-1))

@@ -1,0 +1,177 @@
+import pytest
+import torch
+from conftest import visible_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import BATCH, HEADS, compositions
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+import swaa_flex
+from swaa_flex import MaskError, build_block_mask
+from swaa_flex.block_mask import layout
+from swaa_flex.masks import causal, from_mask_mod, heads, offset, packed, rows_from, sinks, window
+
+
+def listed(num: torch.Tensor, indices: torch.Tensor, columns: int) -> torch.Tensor:
+    """Block lists as a bool tensor `[batch, heads, rows, columns]`; no block may be listed twice."""
+    result = torch.zeros(*indices.shape[:-1], columns, dtype=torch.long)
+    slots = torch.arange(indices.shape[-1]) < num[..., None]
+    result.scatter_add_(-1, indices.long(), slots.long())
+    assert result.max() <= 1, "a block is listed twice"
+    return result.bool()
+
+
+def blocks(block_mask: BlockMask, block_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    columns = -(-block_mask.seq_lengths[1] // block_size)
+    partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
+    if block_mask.full_kv_num_blocks is None:
+        return partial, torch.zeros_like(partial)
+    return partial, listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
+
+
+def assert_right(block_mask: BlockMask, visible: torch.Tensor, block_size: int) -> None:
+    """No visible pair lies in a skipped block, and every pair of a full block is visible."""
+    partial, full = blocks(block_mask, block_size)
+    assert not (partial & full).any(), "a block is both partial and full"
+
+    def per_pair(per_block: torch.Tensor) -> torch.Tensor:
+        pairs = per_block.repeat_interleave(block_size, -2).repeat_interleave(block_size, -1)
+        return pairs[..., : visible.shape[-2], : visible.shape[-1]].expand(visible.shape)
+
+    assert not (visible & ~per_pair(partial | full)).any(), "a visible pair lies in a skipped block"
+    assert not (~visible & per_pair(full)).any(), "a full block holds an invisible pair"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.integers(1, 600), st.integers(1, 600), st.sampled_from([16, 32, 128]))
+def test_random_compositions_keep_what_is_visible(data, q_len, kv_len, block_size):
+    q_offset = data.draw(st.integers(0, 200))
+    mask = data.draw(compositions(max(q_len + q_offset, kv_len)))
+    built = build_block_mask(mask, q_len, kv_len, batch=BATCH, heads=HEADS, block_size=block_size, q_offset=q_offset)
+    visible = visible_pairs(mask, q_len, kv_len, BATCH, HEADS, q_offset)
+    assert_right(built, visible, block_size)
+
+
+@pytest.mark.parametrize("length", [97, 128, 130, 1000, 4096])
+@pytest.mark.parametrize(("sliding_window", "sink_tokens"), [(64, 4), (128, 128), (256, 100), (1, 0), (700, 300)])
+def test_window_and_sinks_give_the_blocks_of_create_block_mask(length, sliding_window, sink_tokens):
+    mask = causal() & (window(sliding_window) | sinks(sink_tokens))
+    ours = build_block_mask(mask, length, length)
+    stock = create_block_mask(mask, None, None, length, length, device="cpu")
+    for mine, theirs in zip(blocks(ours), blocks(stock), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("q_offset", [0, 1, 500, 872])
+def test_one_query_row_lists_only_what_it_sees(q_offset):
+    mask = causal() & (window(128) | sinks(4))
+    as_int = build_block_mask(mask, 1, 1000, q_offset=q_offset)
+    as_tensor = build_block_mask(mask, 1, 1000, q_offset=torch.tensor(q_offset))
+    visible = visible_pairs(mask, 1, 1000, q_offset=q_offset)
+    needed = {i // 128 for i in visible[0, 0, 0].nonzero().flatten().tolist()}
+    for built in (as_int, as_tensor):
+        partial, full = blocks(built)
+        assert set((partial | full)[0, 0, 0].nonzero().flatten().tolist()) == needed
+        assert built.kv_indices.shape[-1] <= 4
+
+
+def test_lists_are_compact_equally_wide_and_small_at_a_million_tokens():
+    mask = causal() & (window(2048) | sinks(128))
+    built = build_block_mask(mask, 1 << 20, 1 << 20)
+    tensors = [built.kv_num_blocks, built.kv_indices, built.full_kv_num_blocks, built.full_kv_indices]
+    assert sum(t.numel() * t.element_size() for t in tensors) <= 4 << 20
+    assert built.kv_indices.shape == built.full_kv_indices.shape
+    assert built.kv_indices.is_contiguous()
+
+
+def test_a_function_anded_with_a_window_is_block_sparse():
+    mask = causal() & window(256) & from_mask_mod(lambda b, h, q, kv: (q + kv) % 3 == 0)
+    built = build_block_mask(mask, 8192, 8192)
+    assert built.kv_indices.shape[-1] <= 4
+    assert built.full_kv_num_blocks.sum() == 0
+
+
+def test_packed_windows_keep_compact_lists():
+    ids = torch.arange(8192) // 700
+    built = build_block_mask(packed(causal() & (window(256) | sinks(4)), document_ids=ids), 8192, 8192)
+    assert built.kv_indices.shape[-1] <= 16
+
+
+def test_geometry_survives_an_offset_tensor():
+    window_only = offset(causal() & window(256), q=torch.tensor(300), kv=torch.tensor(-7))
+    assert build_block_mask(window_only, 4096, 8192).kv_indices.shape[-1] <= 4
+    with_sinks = offset(causal() & (window(256) | sinks(4)), q=torch.tensor(300))
+    assert build_block_mask(with_sinks, 4096, 8192).kv_indices.shape[-1] <= 5
+
+
+def test_per_head_masks_have_lists_per_head():
+    mask = heads([True, False], causal(), causal() & window(128))
+    built = build_block_mask(mask, 1024, 1024, heads=2)
+    partial, full = blocks(built)
+    assert (partial | full)[0, 0].sum() == 36
+    assert (partial | full)[0, 1].sum() == 15
+
+
+@pytest.mark.parametrize("needs_full", [True, False])
+def test_query_side_lists_are_the_transpose(needs_full):
+    mask = causal() & (window(300) | sinks(130) | rows_from(torch.tensor([900, 100])))
+    built = layout(mask, 1000, 1100, device="cpu", needs_grad=True, separate_full=needs_full)
+    partial, full = blocks(built)
+    rows = partial.shape[2]
+    assert torch.equal(listed(built.q_num_blocks, built.q_indices, rows), partial.transpose(-1, -2))
+    if needs_full:
+        assert torch.equal(listed(built.full_q_num_blocks, built.full_q_indices, rows), full.transpose(-1, -2))
+
+
+def test_dense_rows_known_as_an_int_do_not_widen_the_other_lists():
+    length = 65536
+    plan = swaa_flex.plan(
+        causal() & (window(2048) | sinks(128) | rows_from(length - 64)), length, length, backend="cpp"
+    )
+    assert [(s.first, s.stop) for s in plan.segments] == [(0, length - 64), (length - 64, length)]
+    widths = [s.block_mask.kv_num_blocks + s.block_mask.full_kv_num_blocks for s in plan.segments]
+    assert widths[0].max() <= 20
+
+
+def test_rows_that_would_not_shorten_a_list_do_not_split_the_plan():
+    plan = swaa_flex.plan(causal() & (window(2048) | rows_from(400)), 500, 500)
+    assert len(plan.segments) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q_len": 0, "kv_len": 4}, "q_len=0, kv_len=4: expected at least one"),
+        ({"q_len": 4, "kv_len": 4, "batch": 3}, "holds tensors for batch=2, but it is used with batch=3"),
+        ({"q_len": 4, "kv_len": 4}, "batch=2, but it is used with batch=None"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(arguments, message):
+    with pytest.raises(MaskError, match=message):
+        build_block_mask(rows_from(torch.tensor([1, 2])), **arguments)
+
+
+def test_wrong_number_of_heads_is_named():
+    with pytest.raises(MaskError, match="heads=2, but it is used with heads=4"):
+        build_block_mask(heads([True, False], causal(), causal()), 4, 4, heads=4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.compile.*")
+def test_building_traces_into_one_graph_for_all_lengths():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def counts(x, q_offset):
+        mask = causal() & (window(256) | sinks(4))
+        built = build_block_mask(mask, x.shape[0], x.shape[0] + 100, q_offset=q_offset)
+        return built.kv_num_blocks + built.full_kv_num_blocks
+
+    for length in (640, 700, 801, 1000, 1300):
+        got = counts(torch.zeros(length), torch.tensor(100))
+        want = build_block_mask(causal() & (window(256) | sinks(4)), length, length + 100, q_offset=100)
+        assert torch.equal(got, want.kv_num_blocks + want.full_kv_num_blocks)
+    assert len(graphs) <= 2

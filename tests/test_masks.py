@@ -1,0 +1,198 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import visible_pairs
+from torch.nn.attention.flex_attention import create_mask
+
+import swaa_flex
+from swaa_flex import MaskError
+from swaa_flex.masks import (
+    causal,
+    documents,
+    everything,
+    from_mask_mod,
+    heads,
+    kv_positions,
+    left_padded,
+    offset,
+    packed,
+    rows_from,
+    rows_where,
+    sinks,
+    window,
+)
+
+
+def picture(mask, q_len, kv_len, **kwargs):
+    """One string per row of the first sequence and head, '#' for visible."""
+    return ["".join("#" if x else "." for x in row) for row in visible_pairs(mask, q_len, kv_len, **kwargs)[0, 0]]
+
+
+def test_window_counts_the_own_key_and_sinks_stay_visible():
+    assert picture(causal() & (window(2) | sinks(1)), 5, 5) == ["#....", "##...", "###..", "#.##.", "#..##"]
+
+
+def test_rows_from_opens_rows_at_and_after_the_start():
+    assert picture(causal() & (window(1) | rows_from(2)), 4, 4) == ["#...", ".#..", "###.", "####"]
+
+
+def test_rows_from_takes_one_start_per_sequence():
+    pairs = visible_pairs(rows_from(torch.tensor([1, 3])), 4, 2, batch=2)
+    assert pairs[:, 0, :, 0].tolist() == [[False, True, True, True], [False, False, False, True]]
+
+
+def test_rows_where_opens_flagged_rows():
+    assert picture(rows_where(torch.tensor([True, False, True])), 3, 2) == ["##", "..", "##"]
+
+
+def test_documents_see_themselves_in_both_directions():
+    assert picture(documents(torch.tensor([7, 7, 3])), 3, 3) == ["##.", "##.", "..#"]
+
+
+def test_heads_choose_between_two_masks():
+    pairs = visible_pairs(heads([True, False], causal(), everything()), 3, 3, heads=2)
+    assert pairs[0, 0].sum() == 6
+    assert pairs[0, 1].sum() == 9
+
+
+def test_complement():
+    assert picture(~causal(), 3, 3) == [".##", "..#", "..."]
+    assert ~~causal() == causal()
+
+
+def test_offset_moves_queries_and_keys():
+    assert picture(offset(causal() & window(2), q=3, kv=1), 2, 4) == [".##.", "..##"]
+    assert offset(causal()) == causal()
+
+
+def test_offset_reads_a_tensor_at_call_time():
+    position = torch.tensor(0)
+    mask = offset(causal(), q=position)
+    assert picture(mask, 1, 3) == ["#.."]
+    position.add_(2)
+    assert picture(mask, 1, 3) == ["###"]
+
+
+def test_kv_positions_look_through_slots_and_skip_empty_ones():
+    slots = torch.tensor([4, -1, 2, 3])
+    assert picture(offset(kv_positions(causal() & window(2), slots), q=3), 2, 4) == ["..##", "#..#"]
+
+
+def test_packed_restarts_positions_in_each_document():
+    mask = packed(causal() & (window(1) | sinks(1)), document_ids=torch.tensor([5, 5, 5, 9, 9, 9]))
+    expected = ["#.....", "##....", "#.#...", "...#..", "...##.", "...#.#"]
+    assert picture(mask, 6, 6) == expected
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    assert picture(packed(causal() & (window(1) | sinks(1)), position_ids=positions), 6, 6) == expected
+
+
+def test_left_padding_does_not_count_and_pads_are_never_sinks():
+    attention_mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+    pairs = visible_pairs(left_padded(causal() & (window(1) | sinks(1)), attention_mask), 6, 6, batch=2)
+    rows = [["".join("#" if x else "." for x in row) for row in sequence[0]] for sequence in pairs]
+    assert rows[0] == ["......", "......", "..#...", "..##..", "..#.#.", "..#..#"]
+    assert rows[1] == ["#.....", "##....", "#.#...", "#..#..", "#...#.", "#....."]
+
+
+def test_a_mask_is_a_mask_mod_for_stock_flex_attention():
+    mask = causal() & (window(3) | sinks(1)) & from_mask_mod(lambda b, h, q, kv: (q + kv) % 2 == h)
+    stock = create_mask(mask, 1, 2, 9, 9, device="cpu")
+    assert torch.equal(stock, visible_pairs(mask, 9, 9, heads=2))
+
+
+def test_repr_reads_as_it_is_written():
+    assert repr(causal() & (window(2048) | sinks(128))) == "causal & (window(2048) | sinks(128))"
+    assert repr(causal() | window(2) & ~(sinks(1) | window(3))) == "causal | window(2) & ~(sinks(1) | window(3))"
+    assert repr(offset(window(4), q=2)) == "offset(window(4), q=2)"
+    assert repr(rows_from(torch.tensor([1, 2]))) == "rows_from(<int64 of shape [2]>)"
+
+
+def test_equality_is_structure_and_values():
+    assert causal() & (window(4) | sinks(1)) == causal() & (window(4) | sinks(1))
+    assert hash(causal() & window(4)) == hash(causal() & window(4))
+    assert (causal() & window(4)) & sinks(1) == causal() & (window(4) & sinks(1))
+    assert causal() & window(4) != causal() & window(5)
+    assert causal() & window(4) != causal() | window(4)
+    assert window(4) != sinks(4)
+    starts = torch.tensor([1, 2])
+    assert rows_from(starts) == rows_from(starts)
+    assert rows_from(starts) != rows_from(starts.clone())
+
+
+def test_structure_ignores_values():
+    assert (causal() & window(4)).structure == (causal() & window(5)).structure
+    assert rows_from(4).structure != rows_from(torch.tensor([4, 4])).structure
+
+
+def test_fingerprint_is_stable_across_processes():
+    mask = causal() & (window(4) | sinks(1)) & from_mask_mod(third)
+    code = (
+        "from swaa_flex.masks import *; from test_masks import third;"
+        "print((causal() & (window(4) | sinks(1)) & from_mask_mod(third)).fingerprint)"
+    )
+    run = [sys.executable, "-c", code]
+    other = subprocess.run(run, capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0])
+    assert mask.fingerprint == other.stdout.strip()
+    assert mask.fingerprint != (causal() & (window(5) | sinks(1)) & from_mask_mod(third)).fingerprint
+
+
+def third(b, h, q_idx, kv_idx):
+    return (q_idx + kv_idx) % 3 == 0
+
+
+def test_fingerprint_of_tensors_and_closures_is_refused():
+    factor = 3
+    with pytest.raises(MaskError, match="no stable fingerprint"):
+        _ = rows_from(torch.tensor([1, 2])).fingerprint
+    with pytest.raises(MaskError, match="no stable fingerprint"):
+        _ = from_mask_mod(lambda b, h, q, kv: q % factor == 0).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: window(0), r"window\(0\): expected an integer of at least 1"),
+        (lambda: window(2.5), "window takes an integer, not 2.5"),
+        (lambda: window(True), "window takes an integer, not True"),
+        (lambda: sinks(-1), r"sinks\(-1\): expected an integer of at least 0"),
+        (lambda: rows_from(torch.zeros(2, 2, dtype=torch.long)), r"rows_from .* int64 of shape \[2, 2\]"),
+        (lambda: rows_from(torch.tensor([0.5])), "rows_from .* float32"),
+        (lambda: rows_where(torch.tensor([1, 0])), "rows_where takes a bool tensor"),
+        (lambda: heads(torch.tensor([1, 0]), causal(), causal()), "heads takes bool flags"),
+        (lambda: documents(torch.tensor([[0, 1, 0]])), "document 0 of sequence 0 is not contiguous"),
+        (lambda: packed(causal()), "exactly one of them"),
+        (lambda: left_padded(causal(), torch.tensor([[1, 1], [1, 1]])[:, :, None]), "attention mask"),
+        (lambda: left_padded(causal(), torch.tensor([[1, 1, 1], [1, 0, 1]])), "between real tokens in sequence 1"),
+        (lambda: offset(causal(), q=torch.tensor([1, 2])), "0-d tensor for q"),
+        (lambda: kv_positions(causal(), torch.tensor([0.5])), "kv_positions takes integers"),
+        (lambda: from_mask_mod(3), "from_mask_mod takes a function"),
+        (lambda: causal() and window(3), "combine masks with & | ~"),
+    ],
+)
+def test_bad_input_names_the_value_and_what_was_expected(make, message):
+    with pytest.raises(MaskError, match=message):
+        make()
+
+
+def test_masks_of_different_batches_do_not_combine():
+    mask = rows_from(torch.tensor([1, 2])) | rows_from(torch.tensor([1, 2, 3]))
+    with pytest.raises(MaskError, match=r"batch_size \[2, 3\]"):
+        swaa_flex.build_block_mask(mask, 8, 8, batch=2)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [(0, 99, "causal & window(8)"), (100, 120, "causal"), (90, 110, "causal & (window(8) | rows_from(100))")],
+)
+def test_for_rows_simplifies_what_is_known(first, last, expected):
+    assert repr((causal() & (window(8) | rows_from(100))).for_rows(first, last)) == expected
+
+
+def test_for_rows_keeps_the_mask_the_same_on_those_rows():
+    mask = causal() & (~rows_from(5) & window(2) | rows_from(5) & ~rows_from(8) | sinks(1))
+    for first, last in ((0, 4), (5, 7), (8, 11), (3, 9)):
+        whole = visible_pairs(mask, 12, 12)[..., first : last + 1, :]
+        part = visible_pairs(mask.for_rows(first, last), last - first + 1, 12, q_offset=first)
+        assert torch.equal(whole, part)
