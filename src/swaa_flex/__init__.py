@@ -6,6 +6,7 @@ from .algebra import Mask
 from .block_mask import build_block_mask
 from .config import SWAAConfig
 from .errors import BackendUnavailableError, ConfigError, MaskError, UnsupportedModelError
+from .hf import adapt, prompt, restore
 from .kernels import attention
 from .plan import AttentionPlan, plan
 
@@ -18,9 +19,12 @@ __all__ = [
     "SWAAConfig",
     "UnsupportedModelError",
     "__version__",
+    "adapt",
     "attention",
     "build_block_mask",
     "masks",
     "plan",
+    "prompt",
     "recipes",
+    "restore",
 ]

@@ -56,7 +56,7 @@ def build_block_mask(
     Raises:
         MaskError: if a length is not positive, or the mask holds tensors for another batch or number of heads.
 
-    Example:
+    Examples:
         >>> from swaa_flex.masks import causal, sinks, window
         >>> block_mask = build_block_mask(causal() & (window(256) | sinks(4)), 4096, 4096)
         >>> tuple(block_mask.kv_indices.shape)

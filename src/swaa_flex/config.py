@@ -42,7 +42,7 @@ class SWAAConfig:
     Raises:
         ConfigError: A field has a value of the wrong type or out of its range.
 
-    Example:
+    Examples:
         >>> from swaa_flex.config import SWAAConfig
         >>> config = SWAAConfig(sliding_window=2048, full_attention_layers=[3, 1])
         >>> config.full_attention_layers
@@ -91,7 +91,7 @@ class SWAAConfig:
             ConfigError: A layer set names a layer that the model does not have, or its slice selects
                 none. Layer sets have no say, hence no errors, where `sliding_window` is `None`.
 
-        Example:
+        Examples:
             >>> config = SWAAConfig(full_attention_layers="1::2", full_attention_decode=[0])
             >>> [kind.full for kind in config.resolve(4)]
             [False, True, False, True]
@@ -159,7 +159,7 @@ class SWAAConfig:
         Raises:
             ConfigError: `values` is no mapping, has an unknown key, or a value is invalid.
 
-        Example:
+        Examples:
             >>> SWAAConfig.from_reference(
             ...     {"sliding_window_size": 2000, "non_sliding_layers": [1, 3, 5]}, num_hidden_layers=4
             ... ).full_attention_layers

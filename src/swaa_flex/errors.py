@@ -38,7 +38,7 @@ class UnsupportedModelError(SWAAError, RuntimeError):
 def did_you_mean(name: object, choices: Iterable[str]) -> str:
     """Return the end of an error message that suggests the choice nearest to `name`.
 
-    Example:
+    Examples:
         >>> did_you_mean("tritn", ["flash", "triton"])
         "; did you mean 'triton'?"
         >>> did_you_mean("banana", ["flash", "triton"])

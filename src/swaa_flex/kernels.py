@@ -58,7 +58,7 @@ def attention(
         MaskError: if the shapes do not fit each other or the mask.
         BackendUnavailableError: if the backend cannot run what is asked; the message says the way out.
 
-    Example:
+    Examples:
         >>> from swaa_flex.masks import causal, sinks, window
         >>> query, key, value = torch.randn(3, 1, 2, 300, 16).unbind(0)
         >>> attention(query, key, value, causal() & (window(64) | sinks(4))).shape

@@ -81,7 +81,7 @@ def plan(
         ConfigError: if `backend` is no backend.
         BackendUnavailableError: if the backend cannot run here; the message says what is missing.
 
-    Example:
+    Examples:
         >>> from swaa_flex.masks import causal, rows_from, window
         >>> plan(causal() & (window(256) | rows_from(4000)), 4096, 4096)
         AttentionPlan(chunked, 4096 x 4096, rows 0-3999: causal & window(256), rows 4000-4095: offset(causal, q=4000))

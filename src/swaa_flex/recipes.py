@@ -48,7 +48,7 @@ def get(name: str, model_type: str | None = None) -> SWAAConfig:
     Raises:
         ConfigError: There is no recipe of that name.
 
-    Example:
+    Examples:
         >>> from swaa_flex import recipes
         >>> recipes.get("quality").sliding_window
         8192
@@ -86,7 +86,7 @@ def coerce(value: str | SWAAConfig | Mapping[str, Any] | None, model_type: str |
     Raises:
         ConfigError: `value` is something else, or names or holds something invalid.
 
-    Example:
+    Examples:
         >>> coerce({"sliding_window": 1024}) == SWAAConfig(sliding_window=1024)
         True
     """

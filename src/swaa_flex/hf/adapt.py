@@ -1,0 +1,80 @@
+"""`adapt` and `restore`: SWAA on a loaded model, and back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .. import recipes
+from ..config import SWAAConfig
+from .mask import refuse_without_interface
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+_BEFORE = "_attention_before_swaa"  # on the model: implementation by id of config
+
+
+def adapt(model: ModelT, recipe_or_config: str | SWAAConfig | dict[str, Any] = recipes.DEFAULT) -> ModelT:
+    """Switches a loaded model to sliding-window attention, in place.
+
+    Adapting again replaces the configuration; `restore` puts back the attention the model had before.
+
+    Args:
+        model: a causal language model of transformers.
+        recipe_or_config: the name of a recipe, a `SWAAConfig`, or its fields as a dict.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: if the configuration is invalid or does not fit the model's number of layers.
+        UnsupportedModelError: if the model's code does not use transformers' attention interface.
+
+    Examples:
+        >>> import swaa_flex
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+        >>> model = LlamaForCausalLM(LlamaConfig(**size))
+        >>> swaa_flex.adapt(model, "quality").config.swaa["sliding_window"]
+        8192
+        >>> swaa_flex.restore(model).config._attn_implementation
+        'sdpa'
+    """
+    refuse_without_interface(type(model.config.get_text_config()))
+    model.config.swaa = recipe_or_config
+    if model.config._attn_implementation != "swaa_flex":
+        before = {id(config): config._attn_implementation for config in _configs(model)}
+        setattr(model, _BEFORE, before)
+    model.set_attn_implementation("swaa_flex")
+    return model
+
+
+def restore(model: ModelT) -> ModelT:
+    """Undoes `adapt`: the attention implementation the model had before, and no `config.swaa`.
+
+    A model that was loaded with `attn_implementation="swaa_flex"` had none before and gets "sdpa", the default of
+    transformers.
+
+    Args:
+        model: a model that `adapt` or `from_pretrained` switched to sliding-window attention.
+
+    Returns:
+        The same model.
+    """
+    before = model.__dict__.pop(_BEFORE, {})
+    model.set_attn_implementation("sdpa")
+    for config in _configs(model):
+        config.swaa = None
+        if id(config) in before:
+            config._attn_implementation_internal = before[id(config)]
+    return model
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The model's config and those of its submodels, each once."""
+    found: dict[int, PreTrainedConfig] = {id(model.config): model.config}
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            found.setdefault(id(module.config), module.config)
+    return list(found.values())

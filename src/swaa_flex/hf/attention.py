@@ -1,0 +1,91 @@
+"""The attention function registered with transformers as "swaa_flex"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+from ..kernels import attention
+from .mask import ForwardMask
+from .prompt import prompt_info
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: ForwardMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    prompt_lengths: int | list[int] | Tensor | None = None,
+    decode_rows: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer; arguments and result as transformers' other attention functions.
+
+    Args:
+        module: the attention module, which says which layer it is.
+        query: `[batch, heads, q_len, head_dim]`.
+        key: `[batch, kv_heads, kv_len, head_dim]`, from the cache.
+        value: `[batch, kv_heads, kv_len, head_dim]`.
+        attention_mask: what the mask function returned.
+        dropout: must be 0.
+        scaling: factor of the scores.
+        softcap: bound of the scores (Gemma 2).
+        s_aux: learned sink logits `[heads]` (gpt-oss).
+        prompt_lengths: tokens of each prompt without pads, see `swaa_flex.prompt`.
+        decode_rows: bool `[batch, q_len]`, see `swaa_flex.prompt`.
+        position_ids: `[batch, q_len]`, tells packed documents apart.
+        position_bias: must be None.
+        output_attentions: must be false.
+        kwargs: not used.
+
+    Returns:
+        The output `[batch, q_len, heads, head_dim]`, and None for the weights, which never exist as a whole.
+
+    Raises:
+        UnsupportedModelError: if the model asks for what cannot be honoured; says what and the way out.
+    """
+    if dropout > 0:
+        raise UnsupportedModelError(
+            f"attention dropout {dropout}: FlexAttention has none; set config.attention_dropout = 0, or call model.eval()"
+        )
+    if output_attentions:
+        raise UnsupportedModelError(
+            "output_attentions=True: fused attention never has the weights; use attn_implementation='eager' for them"
+        )
+    if position_bias is not None:
+        raise UnsupportedModelError("the model adds a position bias to its scores, which swaa_flex does not support")
+    if attention_mask is None and not getattr(module, "is_causal", True):
+        # An encoder inside a composite model, such as a vision tower, gets the implementation's name as well.
+        out = F.scaled_dot_product_attention(
+            query, key, value, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return out.transpose(1, 2).contiguous(), None
+    if not isinstance(attention_mask, ForwardMask):
+        raise UnsupportedModelError(
+            "swaa_flex makes its masks itself: pass attention_mask as [batch, len] (or not at all) instead of "
+            f"{'a mask per pair' if attention_mask is not None else 'calling attention without a mask'}"
+        )
+    tensors = (query, key, value) if s_aux is None else (query, key, value, s_aux)
+    ready = attention_mask.to(query.device).plan_for(
+        module,
+        kv_len=key.shape[2],
+        heads=query.shape[1],
+        info=prompt_info(prompt_lengths, decode_rows),
+        position_ids=position_ids,
+        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+    )
+    out = attention(query, key, value, ready, scale=scaling, softcap=softcap, sink_logits=s_aux)
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None

@@ -1,0 +1,66 @@
+"""`config.swaa`: the SWAA configuration as part of a model's config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .. import recipes
+from ..config import SWAAConfig
+
+
+class StoredConfig(dict[str, Any]):
+    """A `SWAAConfig` as the plain dict that is written to config.json, with the parsed one at hand.
+
+    torch.compile cannot trace the parsing, hence the attribute.
+    """
+
+    def __init__(self, parsed: SWAAConfig) -> None:
+        super().__init__(parsed.to_dict())
+        self.parsed = parsed
+
+    def __deepcopy__(self, memo: object) -> StoredConfig:
+        return StoredConfig(self.parsed)
+
+    def __reduce__(self) -> tuple[type[StoredConfig], tuple[SWAAConfig]]:
+        return StoredConfig, (self.parsed,)
+
+
+class SWAAAttribute:
+    """`config.swaa`: reads as a plain dict or None, takes a recipe name, a `SWAAConfig` or a dict.
+
+    It is an attribute of the class `PreTrainedConfig` because `from_pretrained(..., swaa=...)` accepts exactly the
+    keywords that the config class has as attributes (transformers 5.17 to 5.23). The value lives in the instance,
+    so `save_pretrained` writes it. A composite config passes it on to the text model's.
+    """
+
+    def __get__(self, config: PreTrainedConfig | None, owner: type) -> StoredConfig | None:
+        return None if config is None else config.__dict__.get("swaa")
+
+    def __set__(self, config: PreTrainedConfig, value: str | SWAAConfig | dict[str, Any] | None) -> None:
+        if value is None:
+            stored = None
+        else:
+            text = config.get_text_config()
+            stored = StoredConfig(recipes.coerce(value, getattr(text, "model_type", None)))
+            layers = getattr(text, "num_hidden_layers", None)
+            if layers is not None:
+                stored.parsed.resolve(layers)
+        config.__dict__["swaa"] = stored
+        inner = config.get_text_config()
+        if inner is not config:
+            inner.__dict__["swaa"] = stored
+
+
+setattr(PreTrainedConfig, "swaa", SWAAAttribute())  # noqa: B010 (mypy knows no such attribute)
+
+
+def swaa_of(config: PreTrainedConfig) -> SWAAConfig:
+    """The configuration a model runs with: `config.swaa`, or the default recipe."""
+    stored = config.swaa
+    if stored is None:
+        config.swaa = recipes.DEFAULT
+        stored = config.swaa
+    parsed: SWAAConfig = stored.parsed
+    return parsed

@@ -1,0 +1,371 @@
+"""What transformers' mask functions return under `attn_implementation="swaa_flex"`: plans, made when needed.
+
+transformers asks for a mask once per forward and mask type, before the first layer; the layers hand it to the
+attention function. A `ForwardMask` remembers what was asked and makes one plan per kind of layer.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedConfig
+from transformers.masking_utils import causal_mask_function
+
+from ..algebra import Mask
+from ..errors import MaskError, UnsupportedModelError
+from ..masks import (
+    causal,
+    everything,
+    from_mask_mod,
+    left_padded,
+    offset,
+    packed,
+    rows_from,
+    rows_where,
+    sinks,
+    window,
+)
+from ..plan import AttentionPlan, plan
+from .config import swaa_of
+from .prompt import PromptInfo
+
+# Functions of transformers.masking_utils from which plain causal, sliding and packed masks are put together.
+_KNOWN_PARTS = {
+    "causal_mask_function",
+    "and_masks.<locals>.and_mask",
+    "sliding_window_overlay.<locals>.inner_mask",
+    "packed_sequence_mask_function.<locals>.inner_mask",
+    "remap_positions_for_packed_sequence.<locals>.inner_mask",
+}
+
+
+def make_forward_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    config: PreTrainedConfig | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> ForwardMask:
+    """The mask function registered as "swaa_flex"; arguments as transformers' other mask functions."""
+    assert config is not None
+    if "allow_is_bidirectional_skip" in kwargs:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} asks for a bidirectional mask; swaa_flex is for causal self-attention: "
+            "use attn_implementation='sdpa' for this model"
+        )
+    if not torch.compiler.is_compiling():
+        refuse_without_interface(type(config))
+    if isinstance(q_offset, Tensor):
+        # A static cache hands out its counter, which `update` moves before the mask is evaluated.
+        q_offset = q_offset.clone().reshape(())
+    maybe_packed = attention_mask is None and not isinstance(q_offset, Tensor) and kv_length == q_length
+    native, is_packed = _read(mask_function, local_size, use_vmap, config, maybe_packed)
+    return ForwardMask(
+        config=config,
+        sizes=(batch_size, 1, q_length, kv_length),
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        native=native,
+        mask_function=mask_function,
+        is_packed=is_packed,
+        attention_mask=attention_mask,
+        device=torch.device(device),
+    )
+
+
+def refuse_without_interface(config_class: type) -> None:
+    """Refuses a model whose code does not call attention functions by name: it would run full attention.
+
+    Raises:
+        UnsupportedModelError: if the modeling file beside the config's does not use the attention interface.
+    """
+    modeling = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
+    if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        raise UnsupportedModelError(
+            f"model type {getattr(config_class, 'model_type', config_class.__name__)!r} does not call attention through "
+            "transformers' AttentionInterface, so swaa_flex cannot change it; use another model, or "
+            "attn_implementation='eager' for full attention"
+        )
+
+
+class ForwardMask(BlockMask):
+    """The masks of one forward and mask type, as plans by kind of layer.
+
+    A `BlockMask` by name only: transformers passes on masks that the caller prepared if they are tensors or
+    instances of it (transformers 5.17 to 5.23, masking_utils), and `generate` prepares them for static caches.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: PreTrainedConfig,
+        sizes: tuple[int, int, int, int],
+        q_offset: int | Tensor,
+        kv_offset: int,
+        native: Mask | None,
+        mask_function: Callable[..., Any],
+        is_packed: bool,
+        attention_mask: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.sizes = sizes
+        self.q_offset = q_offset
+        self.kv_offset = kv_offset
+        self.native = native  # the model's own restriction, None if only `mask_function` knows it
+        self.mask_function = mask_function
+        self.is_packed = is_packed
+        self.attention_mask = attention_mask
+        self.device = device
+        self.plans: dict[Any, AttentionPlan] = {}
+        self.moved: dict[torch.device, ForwardMask] = {}
+        self.padding: tuple[bool, bool] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`(batch, 1, q_len, kv_len)`."""
+        return self.sizes
+
+    def __repr__(self) -> str:
+        return f"ForwardMask({list(self.sizes)}, {self.native!r})"
+
+    __str__ = __repr__
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> ForwardMask:
+        """The same on another device, one copy per device (layers spread over several GPUs)."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        if device not in self.moved:
+            self.moved[device] = ForwardMask(
+                config=self.config,
+                sizes=self.sizes,
+                q_offset=self.q_offset.to(device) if isinstance(self.q_offset, Tensor) else self.q_offset,
+                kv_offset=self.kv_offset,
+                native=self.native,
+                mask_function=self.mask_function,
+                is_packed=self.is_packed,
+                attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
+                device=device,
+            )
+        return self.moved[device]
+
+    def contiguous(self) -> ForwardMask:
+        """Itself; `generate` calls it on what it hands to a compiled forward."""
+        return self
+
+    def plan_for(
+        self,
+        module: nn.Module,
+        kv_len: int,
+        heads: int,
+        info: PromptInfo,
+        position_ids: Tensor | None,
+        needs_grad: bool,
+    ) -> AttentionPlan:
+        """The plan for a layer, made at the first layer of its kind."""
+        config = swaa_of(self.config)
+        layer = module.layer_idx
+        if not isinstance(layer, int):
+            raise UnsupportedModelError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
+        kind = config.resolve(self.config.num_hidden_layers)[layer]
+        key = (kind, needs_grad)
+        if key not in self.plans:
+            batch, _, q_len, expected = self.sizes
+            if kv_len != expected:
+                raise MaskError(
+                    f"layer {layer} attends to {kv_len} keys and the mask is for {expected}; the layers of "
+                    "the cache must be as long as it announces"
+                )
+            if kind.full or config.sliding_window is None:
+                mask = self._mask(everything(), None, position_ids)
+            else:
+                near = window(config.sliding_window) | sinks(config.sink_tokens)
+                tail = config.dense_tail if info.dense_tail is None else info.dense_tail
+                inner, dense = self._rows(near, tail, kind.full_attention_decode, info, module)
+                mask = self._mask(inner, dense, position_ids)
+            self.plans[key] = plan(
+                mask,
+                q_len,
+                kv_len,
+                batch=batch,
+                heads=heads,
+                device=self.device,
+                backend=config.backend,
+                needs_grad=needs_grad,
+            )
+        return self.plans[key]
+
+    def _mask(self, inner: Mask, dense: Mask | None, position_ids: Tensor | None) -> Mask:
+        """What the model allows, restricted to `inner` except in `dense` rows, at this forward's rows and keys.
+
+        Args:
+            inner: evaluated in each sequence's own positions.
+            dense: evaluated at rows of the cache, pads included; None for none.
+            position_ids: of this forward, for packed rows.
+        """
+        native, known = self.native, True
+        if native is None or (self.is_packed and position_ids is None):
+            native, known = everything(), False
+        if dense is None:
+            mask = self._in_sequence(native & inner, position_ids)
+        else:
+            mask = self._in_sequence(native, position_ids) & (self._in_sequence(inner, position_ids) | dense)
+        if not known:
+            mask = mask & from_mask_mod(self.mask_function)
+        return offset(mask, q=self.q_offset, kv=self.kv_offset)
+
+    def _in_sequence(self, mask: Mask, position_ids: Tensor | None) -> Mask:
+        """`mask` in each sequence's own positions."""
+        if self.is_packed and position_ids is not None:
+            batched = position_ids.shape[0] in (1, self.sizes[0])
+            return packed(mask, position_ids=position_ids if batched else position_ids.expand(self.sizes[0], -1))
+        if self.has_pads:
+            assert self.attention_mask is not None
+            return left_padded(mask, self.attention_mask)
+        return mask
+
+    def _rows(
+        self, near: Mask, tail: int, decode_is_full: bool, info: PromptInfo, module: nn.Module
+    ) -> tuple[Mask, Mask | None]:
+        """What rows see in their own positions, and the rows of the cache that see everything."""
+        batch, _, q_len, _ = self.sizes
+        if info.lengths is not None:
+            lengths = info.lengths
+            if isinstance(lengths, Tensor):
+                lengths = lengths.to(self.device)
+                if lengths.numel() not in (1, batch):
+                    raise MaskError(f"prompt lengths: got {lengths.numel()} for a batch of {batch}; expected one each")
+            if self.is_packed:
+                raise MaskError(
+                    "prompt lengths cannot say where the prompts of packed documents end; pass decode_rows"
+                )
+            dense = rows_from(lengths - tail)
+            return near | (dense if decode_is_full else dense & ~rows_from(lengths)), None
+        if info.decode_rows is not None:
+            flags = info.decode_rows.to(self.device)
+            if tuple(flags.shape) != (batch, q_len):
+                raise MaskError(f"decode_rows: expected [{batch}, {q_len}], got {list(flags.shape)}")
+            dense_rows = self._tails(flags, tail)
+            dense_rows = dense_rows | flags if decode_is_full else dense_rows & ~flags
+            return near, offset(rows_where(dense_rows), q=-self.q_offset)
+        if q_len == 1:
+            # One new token: a decode row. (On an empty cache it sees itself either way.)
+            return (everything(), None) if decode_is_full else (near, None)
+        if tail == 0:
+            return near, None
+        self._warn_of_chunks(module)
+        if self.right_padded:
+            return near, rows_from(self._stop() - tail)
+        return near, rows_from(self.q_offset + q_len - tail)
+
+    def _tails(self, decode_rows: Tensor, tail: int) -> Tensor:
+        """Rows among the last `tail` ones before an answer or before the end of their sequence, [batch, q_len]."""
+        batch, q_len = decode_rows.shape
+        answers = decode_rows & ~F.pad(decode_rows, (1, 0))[:, :-1]
+        index = torch.arange(q_len + 1, device=self.device)
+        end = q_len if self.attention_mask is None else (self._stop() - self.q_offset).clamp(0, q_len)[:, None]
+        starts = (F.pad(answers, (0, 1)) | (index == end)).expand(batch, -1)
+        passed = F.pad(starts.cumsum(-1), (1, 0))  # starts before each row
+        rows = index[:-1]
+        return passed[:, (rows + tail).clamp(max=q_len) + 1] > passed[:, rows + 1]
+
+    def _stop(self) -> Tensor:
+        """One past the last real token of each sequence, [batch]."""
+        assert self.attention_mask is not None
+        length = self.attention_mask.shape[-1]
+        return length - self.attention_mask.flip(-1).int().argmax(-1)
+
+    @property
+    def has_pads(self) -> bool:
+        """Whether to expect pads."""
+        return self._padding()[0]
+
+    @property
+    def right_padded(self) -> bool:
+        """Whether sequences may end before the last row of the forward."""
+        return self._padding()[1]
+
+    def _padding(self) -> tuple[bool, bool]:
+        """Reads the padding mask once, where reading is free or long prompts repay it; otherwise expects the worst."""
+        if self.padding is None:
+            if self.attention_mask is None:
+                self.padding = False, False
+            elif not self._may_read():
+                self.padding = True, True
+            else:
+                real = torch.stack([self.attention_mask.all(), self.attention_mask[:, -1].all()]).tolist()
+                self.padding = not real[0], not real[1]
+        return self.padding
+
+    def _may_read(self) -> bool:
+        if torch.compiler.is_compiling():
+            return False
+        return self.device.type == "cpu" or self.sizes[2] > 1
+
+    def _warn_of_chunks(self, module: nn.Module) -> None:
+        """Warns once if one prompt comes in several forwards and nobody said where it ends."""
+        if torch.compiler.is_compiling() or isinstance(self.q_offset, Tensor):
+            return
+        if self.q_offset > 0 and _prompt_ends.get(module) == self.q_offset:
+            warnings.warn(
+                "a prompt arrives in several forwards and its length is not known, so the last rows of each of them "
+                "get full attention and results depend on the chunk size; with swaa_flex.prompt(lengths) around "
+                "generate (or prompt_lengths= in forward) they do not",
+                stacklevel=2,
+            )
+            _prompt_ends.clear()
+            return
+        _prompt_ends[module] = self.q_offset + self.sizes[2]
+
+
+_prompt_ends: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def _read(
+    mask_function: Callable[..., Any],
+    local_size: int | None,
+    use_vmap: bool,
+    config: PreTrainedConfig,
+    maybe_packed: bool,
+) -> tuple[Mask | None, bool]:
+    """The model's own restriction as a mask with geometry (None if unknown), and whether rows are packed."""
+    if mask_function is causal_mask_function:
+        return causal(), False
+    if torch.compiler.is_compiling():
+        # Closures cannot be looked into here; what remains of the known ones is a sliding or packed causal mask.
+        # (Without cache and padding mask transformers always says packed in a compiled graph.)
+        if use_vmap or mask_function.__name__ != "and_mask" or getattr(config, "attention_chunk_size", None):
+            return None, False
+        return (causal() if local_size is None else causal() & window(local_size)), maybe_packed
+    parts = set(_parts(mask_function))
+    sliding = "sliding_window_overlay.<locals>.inner_mask" in parts
+    if use_vmap or not parts <= _KNOWN_PARTS or (sliding and not local_size):
+        return None, False
+    native = causal() & window(local_size) if sliding and local_size else causal()
+    return native, "packed_sequence_mask_function.<locals>.inner_mask" in parts
+
+
+def _parts(function: Callable[..., Any]) -> Iterator[str]:
+    """Qualified names of a function and of the functions in its closure."""
+    yield getattr(function, "__qualname__", repr(function))
+    for cell in getattr(function, "__closure__", None) or ():
+        inside = cell.cell_contents
+        for part in inside if isinstance(inside, (tuple, list)) else (inside,):
+            if callable(part) and not isinstance(part, Tensor):
+                yield from _parts(part)

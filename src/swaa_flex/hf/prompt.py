@@ -1,0 +1,95 @@
+"""`prompt`: where the prompt ends, for calls that cannot pass it as a keyword."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import MaskError
+
+
+@dataclass(frozen=True, eq=False)
+class PromptInfo:
+    """What is known about prompt and decode rows; None where it is not."""
+
+    lengths: int | Tensor | None = None
+    decode_rows: Tensor | None = None
+    dense_tail: int | None = None
+
+
+NOTHING_KNOWN = PromptInfo()
+
+
+class _Active(threading.local):
+    info: PromptInfo = NOTHING_KNOWN
+
+
+_active = _Active()
+
+
+@contextmanager
+def prompt(
+    lengths: int | Sequence[int] | Tensor | None = None,
+    decode_rows: Tensor | None = None,
+    dense_tail: int | None = None,
+) -> Iterator[None]:
+    """Tells the model where prompts end, around `generate` or any forward.
+
+    Rows at positions at or after the length of their prompt are decode rows, whatever the shape of the forward
+    they come in: chunked prefill, assisted decoding, several turns. The keywords `prompt_lengths` and
+    `decode_rows` of a forward do the same for that forward.
+
+    Args:
+        lengths: tokens of each prompt, pads excluded: one int for all sequences, or one per sequence `[batch]`.
+        decode_rows: bool `[batch, q_len]`, which rows of the forward are decode rows, where one threshold is not
+            enough.
+        dense_tail: replaces the recipe's number of full-attention rows at the end of each prompt.
+
+    Raises:
+        MaskError: if both `lengths` and `decode_rows` are given, or a value makes no sense.
+
+    Examples:
+        >>> import swaa_flex
+        >>> with swaa_flex.prompt(lengths=[900, 1200]):
+        ...     pass  # model.generate(**batch)
+    """
+    if dense_tail is not None and (isinstance(dense_tail, bool) or not isinstance(dense_tail, int) or dense_tail < 0):
+        raise MaskError(f"dense_tail={dense_tail!r}: expected a number of rows, 0 for none")
+    before = _active.info
+    _active.info = PromptInfo(*_checked(lengths, decode_rows), dense_tail)
+    try:
+        yield
+    finally:
+        _active.info = before
+
+
+def prompt_info(lengths: int | Sequence[int] | Tensor | None, decode_rows: Tensor | None) -> PromptInfo:
+    """What the keywords of a forward say, else what the surrounding `prompt` says."""
+    if lengths is None and decode_rows is None:
+        return _active.info
+    return PromptInfo(*_checked(lengths, decode_rows), _active.info.dense_tail)
+
+
+def _checked(
+    lengths: int | Sequence[int] | Tensor | None, decode_rows: Tensor | None
+) -> tuple[int | Tensor | None, Tensor | None]:
+    if lengths is not None and decode_rows is not None:
+        raise MaskError("give either prompt lengths or decode_rows: each says where the prompt ends")
+    if decode_rows is not None and (decode_rows.dtype != torch.bool or decode_rows.dim() != 2):
+        raise MaskError(
+            f"decode_rows: expected bool [batch, q_len], got {decode_rows.dtype} of shape {list(decode_rows.shape)}"
+        )
+    if lengths is None or isinstance(lengths, int):
+        return lengths, decode_rows
+    if not isinstance(lengths, Tensor):
+        if len(set(lengths)) == 1:
+            return int(lengths[0]), None  # known without reading a tensor, so the plan can be split there
+        lengths = torch.tensor(lengths)
+    if lengths.dim() > 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise MaskError(f"prompt lengths: expected ints [batch], got {lengths.dtype} of shape {list(lengths.shape)}")
+    return lengths, None
