@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from . import intervals
@@ -45,7 +46,7 @@ class Mask:
         return Or(_flat(Or, self) + _flat(Or, other)) if isinstance(other, Mask) else NotImplemented
 
     def __invert__(self) -> Mask:
-        return self.mask if isinstance(self, Not) else Not(self)
+        return negated(self)
 
     def __bool__(self) -> bool:
         raise MaskError("a mask has no truth value; combine masks with & | ~ instead of and, or, not")
@@ -147,7 +148,7 @@ class And(Mask):
     def for_rows(self, first: int, last: int) -> Mask:
         masks = [mask.for_rows(first, last) for mask in self.masks]
         if any(_is_nothing(mask) for mask in masks):
-            return ~Everything()
+            return negated(Everything())
         return _combine(And, [mask for mask in masks if not isinstance(mask, Everything)], Everything())
 
     def row_breaks(self) -> frozenset[int]:
@@ -180,7 +181,7 @@ class Or(Mask):
         masks = [mask.for_rows(first, last) for mask in self.masks]
         if any(isinstance(mask, Everything) for mask in masks):
             return Everything()
-        return _combine(Or, [mask for mask in masks if not _is_nothing(mask)], ~Everything())
+        return _combine(Or, [mask for mask in masks if not _is_nothing(mask)], negated(Everything()))
 
     def row_breaks(self) -> frozenset[int]:
         return frozenset().union(*(mask.row_breaks() for mask in self.masks))
@@ -202,13 +203,32 @@ class Not(Mask):
         return intervals.complement(self.mask.bounds(rows))
 
     def for_rows(self, first: int, last: int) -> Mask:
-        return ~self.mask.for_rows(first, last)
+        return negated(self.mask.for_rows(first, last))
 
     def row_breaks(self) -> frozenset[int]:
         return self.mask.row_breaks()
 
     def __repr__(self) -> str:
         return f"~{_parenthesised(self.mask, self._precedence)}"
+
+
+def negated(mask: Mask) -> Mask:
+    """`~mask`, spelled so that torch.compile can trace it (2.11 to 2.13 do not know `~` of an object)."""
+    return mask.mask if isinstance(mask, Not) else Not(mask)
+
+
+def with_tensors(mask: Mask, device: torch.device) -> Mask:
+    """The same mask with its integers as 0-d tensors: one compiled function for all values."""
+    changes = {f.name: _as_tensors(getattr(mask, f.name), device) for f in fields(mask) if f.init}  # type: ignore[arg-type]
+    return replace(mask, **changes)  # type: ignore[type-var]
+
+
+def _as_tensors(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mask):
+        return with_tensors(value, device)
+    if isinstance(value, tuple):
+        return tuple(_as_tensors(part, device) for part in value)
+    return torch.tensor(value, device=device) if isinstance(value, int) else value
 
 
 def _flat(kind: type[And] | type[Or], mask: Mask) -> tuple[Mask, ...]:

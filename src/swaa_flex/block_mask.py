@@ -91,10 +91,10 @@ def layout(
     """
     bounds = row_block_bounds(mask, q_len, kv_len, block_size, device)
     partial, full = _ranges(bounds, q_len, kv_len, block_size, device, separate_full)
-    width = -(-kv_len // block_size) if full_width else list_width(bounds, kv_len, block_size)
-    shape = torch.broadcast_shapes(*(end.shape for ends in (*partial, *full) for end in ends))
-    like = partial[0][0].new_zeros(shape)
-    kv_blocks = -(-kv_len // block_size)
+    row_blocks, kv_blocks = -(-q_len // block_size), -(-kv_len // block_size)
+    width = kv_blocks if full_width else list_width(bounds, kv_len, block_size)
+    shape = torch.broadcast_shapes((1, 1, row_blocks), *(end.shape for ends in (*partial, *full) for end in ends))
+    like = torch.zeros(shape, dtype=torch.int32, device=device)
     # Both lists must be equally wide: kernels address the full one with the strides of the partial one
     # (torch 2.11 forward and backward, the decode kernel of every version).
     lists: dict[str, Tensor] = {}

@@ -46,7 +46,8 @@ def chunks(mask: Mask, q_len: int, kv_len: int, device: torch.device) -> tuple[C
         inside = torch.zeros((), dtype=torch.bool, device=device)
         for sub_start, sub_stop in subset:
             inside = inside | ((sub_start <= start) & (stop <= sub_stop))
-        covered = covered & ((stop <= start) | inside).expand(*inside.shape[:-1], count).flatten(0, -2).all(0)
+        fits = (stop <= start) | inside
+        covered = covered & fits.expand(torch.broadcast_shapes(fits.shape, (1, count))).flatten(0, -2).all(0)
     rows = torch.stack([*(end for r in superset for end in r), covered.int()], dim=-1).tolist()
     return tuple(
         Chunk(i * CHUNK_ROWS, min(q_len, (i + 1) * CHUNK_ROWS), _joined(row[:-1]), bool(row[-1]))
@@ -197,11 +198,16 @@ def _scores(
 
 def _grouped(x: Tensor, key: Tensor) -> Tensor:
     """`[batch, heads, rows, d]` -> `[batch, kv_heads, group * rows, d]`: query heads of a group as rows."""
-    return x.reshape(x.shape[0], key.shape[1], -1, x.shape[-1])
+    return _with_heads(x, key.shape[1])
 
 
 def _ungrouped(x: Tensor, heads: int) -> Tensor:
-    return x.reshape(x.shape[0], heads, -1, x.shape[-1])
+    """The inverse of `_grouped`."""
+    return _with_heads(x, heads)
+
+
+def _with_heads(x: Tensor, heads: int) -> Tensor:
+    return x.reshape(x.shape[0], heads, x.shape[1] * x.shape[2] // heads, x.shape[-1])
 
 
 def _per_group(visible: Tensor, heads: int, kv_heads: int) -> Tensor:

@@ -9,6 +9,7 @@ symbolic after their first change, so new lengths reuse what is there.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import types
 from collections.abc import Callable
@@ -208,11 +209,16 @@ def _flex_call(
 def _compiled(kind: tuple[Any, ...]) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """A compiled `_flex_call` for one kind of call.
 
-    The function gets a code object of its own, because torch.compile counts recompilations per code object and
-    raises (with fullgraph) or runs uncompiled once there are more than `torch._dynamo.config.recompile_limit`.
+    The function gets a code object and a name of its own. torch.compile counts recompilations per code object and
+    raises (with fullgraph) or runs uncompiled once there are more than `torch._dynamo.config.recompile_limit`; and
+    it remembers by name which sizes and integers have varied.
     """
-    own = types.FunctionType(_flex_call.__code__.replace(), globals(), "flex_attention")
+    name = f"flex_attention_{next(_numbers)}"
+    own = types.FunctionType(_flex_call.__code__.replace(co_name=name), globals(), name)
     return torch.compile(own, fullgraph=True)
+
+
+_numbers = itertools.count()
 
 
 def _mask_kind(mask: Mask, backend: str) -> Any:

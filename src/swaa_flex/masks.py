@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import intervals
-from .algebra import Everything, Mask, MaskMod, brief, describe
+from .algebra import Everything, Mask, MaskMod, brief, describe, negated
 from .errors import MaskError
 from .intervals import EVERYTHING, NOTHING, Bounds, Interval, Linear, Rows, symbolic
 from .sequences import Documents, DocumentTable, KvPositions, Packed, Padded, RowsWhere, drop_single_batch
@@ -298,7 +298,7 @@ class _RowsFrom(Mask):
             return self
         if first >= self.start:
             return everything()
-        return ~everything() if last < self.start else self
+        return negated(everything()) if last < self.start else self
 
     def row_breaks(self) -> frozenset[int]:
         return frozenset() if isinstance(self.start, Tensor) else frozenset({self.start})

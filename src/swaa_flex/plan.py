@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import backends, chunked
-from .algebra import Mask
+from .algebra import Mask, with_tensors
 from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
 from .masks import offset
 
@@ -145,4 +145,8 @@ def _segment(
         separate_full=backend != "triton" or q_len >= BLOCK_SIZE or needs_grad,
         needs_grad=needs_grad,
     )
+    if backend == "cpp" and not torch.compiler.is_compiling():
+        # Symbolic integers in a mask_mod can break the compiled CPU kernel: inductor substitutes its own names in the
+        # C++ text, and "ks2" also matches in "ks27" (torch 2.11 to 2.13, codegen/cpp_flex_attention_template.py).
+        local = block_mask.mask_mod = with_tensors(local, device)
     return Segment(first, stop, local, block_mask, ())

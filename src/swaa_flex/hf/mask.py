@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.masking_utils import causal_mask_function
 
-from ..algebra import Mask
+from ..algebra import Mask, negated
 from ..errors import MaskError, UnsupportedModelError
 from ..masks import (
     causal,
@@ -256,7 +256,7 @@ class ForwardMask(BlockMask):
                     "prompt lengths cannot say where the prompts of packed documents end; pass decode_rows"
                 )
             dense = rows_from(lengths - tail)
-            return near | (dense if decode_is_full else dense & ~rows_from(lengths)), None
+            return near | (dense if decode_is_full else dense & negated(rows_from(lengths))), None
         if info.decode_rows is not None:
             flags = info.decode_rows.to(self.device)
             if tuple(flags.shape) != (batch, q_len):
