@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import swaa_flex
 from swaa_flex import MaskError, build_block_mask
-from swaa_flex.block_mask import layout
+from swaa_flex.block_mask import layout, row_block_bounds
 from swaa_flex.masks import causal, from_mask_mod, heads, offset, packed, rows_from, sinks, window
 
 
@@ -115,7 +115,8 @@ def test_per_head_masks_have_lists_per_head():
 @pytest.mark.parametrize("needs_full", [True, False])
 def test_query_side_lists_are_the_transpose(needs_full):
     mask = causal() & (window(300) | sinks(130) | rows_from(torch.tensor([900, 100])))
-    built = layout(mask, 1000, 1100, device="cpu", needs_grad=True, separate_full=needs_full)
+    bounds = row_block_bounds(mask, 1000, 1100, 128, "cpu")
+    built = layout(mask, bounds, 1000, 1100, device="cpu", needs_grad=True, separate_full=needs_full)
     partial, full = blocks(built)
     rows = partial.shape[2]
     assert torch.equal(listed(built.q_num_blocks, built.q_indices, rows), partial.transpose(-1, -2))
@@ -134,7 +135,7 @@ def test_dense_rows_known_as_an_int_do_not_widen_the_other_lists():
 
 
 def test_rows_that_would_not_shorten_a_list_do_not_split_the_plan():
-    plan = swaa_flex.plan(causal() & (window(2048) | rows_from(400)), 500, 500)
+    plan = swaa_flex.plan(causal() & (window(2048) | rows_from(400)), 500, 500, backend="cpp")
     assert len(plan.segments) == 1
 
 

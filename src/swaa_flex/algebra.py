@@ -92,9 +92,9 @@ class Mask:
         """
         return self
 
-    def row_breaks(self) -> frozenset[int]:
-        """Query rows at which `for_rows` changes its answer."""
-        return frozenset()
+    def row_breaks(self) -> tuple[int, ...]:
+        """Query rows at which `for_rows` changes its answer, in any order."""
+        return ()
 
     def _values(self) -> tuple[Any, ...]:
         return tuple(getattr(self, f.name) for f in fields(self) if f.compare)  # type: ignore[arg-type]
@@ -151,8 +151,8 @@ class And(Mask):
             return negated(Everything())
         return _combine(And, [mask for mask in masks if not isinstance(mask, Everything)], Everything())
 
-    def row_breaks(self) -> frozenset[int]:
-        return frozenset().union(*(mask.row_breaks() for mask in self.masks))
+    def row_breaks(self) -> tuple[int, ...]:
+        return tuple(row for mask in self.masks for row in mask.row_breaks())
 
     def __repr__(self) -> str:
         return " & ".join(_parenthesised(mask, self._precedence) for mask in self.masks)
@@ -183,8 +183,8 @@ class Or(Mask):
             return Everything()
         return _combine(Or, [mask for mask in masks if not _is_nothing(mask)], negated(Everything()))
 
-    def row_breaks(self) -> frozenset[int]:
-        return frozenset().union(*(mask.row_breaks() for mask in self.masks))
+    def row_breaks(self) -> tuple[int, ...]:
+        return tuple(row for mask in self.masks for row in mask.row_breaks())
 
     def __repr__(self) -> str:
         return " | ".join(_parenthesised(mask, self._precedence) for mask in self.masks)
@@ -205,7 +205,7 @@ class Not(Mask):
     def for_rows(self, first: int, last: int) -> Mask:
         return negated(self.mask.for_rows(first, last))
 
-    def row_breaks(self) -> frozenset[int]:
+    def row_breaks(self) -> tuple[int, ...]:
         return self.mask.row_breaks()
 
     def __repr__(self) -> str:

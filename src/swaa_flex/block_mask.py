@@ -63,11 +63,14 @@ def build_block_mask(
         (1, 1, 32, 5)
     """
     check_sizes(mask, q_len, kv_len, batch, heads)
-    return layout(offset(mask, q=q_offset), q_len, kv_len, device=device, block_size=block_size)
+    shifted = offset(mask, q=q_offset)
+    bounds = row_block_bounds(shifted, q_len, kv_len, block_size, device)
+    return layout(shifted, bounds, q_len, kv_len, device=device, block_size=block_size)
 
 
 def layout(
     mask: Mask,
+    bounds: Bounds,
     q_len: int,
     kv_len: int,
     *,
@@ -81,6 +84,7 @@ def layout(
 
     Args:
         mask: evaluated at row and key indices as they are.
+        bounds: its `row_block_bounds`.
         q_len: number of query rows.
         kv_len: number of keys.
         device: where to build.
@@ -89,7 +93,6 @@ def layout(
         separate_full: list full blocks apart; otherwise all blocks are partial and there is no full list.
         needs_grad: add the query-side lists of the backward pass (row blocks x kv blocks of int32, twice).
     """
-    bounds = row_block_bounds(mask, q_len, kv_len, block_size, device)
     partial, full = _ranges(bounds, q_len, kv_len, block_size, device, separate_full)
     row_blocks, kv_blocks = -(-q_len // block_size), -(-kv_len // block_size)
     width = kv_blocks if full_width else list_width(bounds, kv_len, block_size)

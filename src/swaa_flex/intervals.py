@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,15 +23,14 @@ MAX_INTERVALS = 6
 _FAR = 1 << 30  # beyond every index, and still far from overflow in int32 sums of a few of them
 
 
-@dataclass(frozen=True, eq=False)
 class Symbol:
     """A tensor of integers, broadcastable to `[batch, heads, row_blocks]`, told apart by identity."""
 
-    value: Tensor
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
 
 
-@dataclass(frozen=True, eq=False)
-class Linear:
+class Linear(NamedTuple):
     """`sum(coefficient * symbol) + offset`."""
 
     symbols: tuple[tuple[Symbol, int], ...] = ()
@@ -41,16 +40,18 @@ class Linear:
         """The sum with `sign` times another expression."""
         if not isinstance(other, Linear):
             return Linear(self.symbols, self.offset + sign * other)
-        symbols = list(self.symbols)
+        offset = self.offset + sign * other.offset
+        symbols = self.symbols
         for symbol, coefficient in other.symbols:
-            coefficient *= sign
-            for i, (mine, count) in enumerate(symbols):
-                if mine is symbol:
-                    symbols[i] = (mine, count + coefficient)
-                    break
-            else:
-                symbols.append((symbol, coefficient))
-        return Linear(tuple(s for s in symbols if s[1] != 0), self.offset + sign * other.offset)
+            total = sign * coefficient
+            rest = []
+            for term in symbols:
+                if term[0] is symbol:
+                    total += term[1]
+                else:
+                    rest.append(term)
+            symbols = (*rest, (symbol, total)) if total != 0 else tuple(rest)
+        return Linear(symbols, offset)
 
     def minus(self, other: Linear | int) -> Linear:
         """The difference."""
@@ -65,7 +66,16 @@ class Linear:
 
     def comparable(self, other: Linear) -> bool:
         """Whether the difference of the two is a Python integer."""
-        return len(self.minus(other).symbols) == 0
+        if len(self.symbols) != len(other.symbols):
+            return False
+        for symbol, coefficient in self.symbols:
+            found = False
+            for theirs, count in other.symbols:
+                if theirs is symbol and count == coefficient:
+                    found = True
+            if not found:
+                return False
+        return True
 
 
 def symbolic(value: Tensor | int) -> Linear:
@@ -73,8 +83,7 @@ def symbolic(value: Tensor | int) -> Linear:
     return Linear(((Symbol(value), 1),)) if isinstance(value, Tensor) else Linear(offset=value)
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(NamedTuple):
     """A block of consecutive query rows: its first and last row, inclusive."""
 
     first: Linear
@@ -85,8 +94,7 @@ class Rows:
         return Rows(self.first.plus(delta), self.last.plus(delta))
 
 
-@dataclass(frozen=True, eq=False)
-class Interval:
+class Interval(NamedTuple):
     """Keys in `[max(starts), min(stops))`; no start or no stop means unbounded on that side.
 
     `length` is an upper bound known from elsewhere; the endpoints may imply a smaller one.
@@ -113,9 +121,10 @@ class Interval:
     def max_length(self) -> int | None:
         """A bound of the length from Python integers alone, or None."""
         bound = self.length
-        for start, stop in itertools.product(self.starts, self.stops):
-            if stop.comparable(start):
-                bound = _smaller(bound, stop.offset - start.offset)
+        for start in self.starts:
+            for stop in self.stops:
+                if stop.comparable(start):
+                    bound = _smaller(bound, stop.offset - start.offset)
         return None if bound is None else max(bound, 0)
 
     def max_blocks(self, block_size: int) -> int | None:
@@ -123,9 +132,10 @@ class Interval:
         length = self.max_length()
         # n keys touch at most ceil((n - 1) / block) + 1 blocks.
         bound = None if length is None else (length + block_size - 2) // block_size + 1 if length > 0 else 0
-        for start, stop in itertools.product(self.starts, self.stops):
-            if start.comparable(Linear()) and stop.comparable(Linear()):
-                bound = _smaller(bound, max(-(-stop.offset // block_size) - start.offset // block_size, 0))
+        for start in self.starts:
+            for stop in self.stops:
+                if len(start.symbols) == 0 and len(stop.symbols) == 0:
+                    bound = _smaller(bound, max(-(-stop.offset // block_size) - start.offset // block_size, 0))
         return bound
 
     def values(self) -> tuple[Tensor | int, Tensor | int]:
@@ -145,8 +155,7 @@ EVERYTHING: Union = (Interval(),)
 NOTHING: Union = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Bounds:
+class Bounds(NamedTuple):
     """What a mask says of a block of rows."""
 
     superset: Union
@@ -211,15 +220,17 @@ def _smaller(a: int | None, b: int | None) -> int | None:
 
 def _merge_ends(left: tuple[Linear, ...], right: tuple[Linear, ...], larger: bool) -> tuple[Linear, ...]:
     """Both sets of endpoints, keeping the tighter one of each comparable pair."""
+    if len(left) == 0 or len(right) == 0:
+        return left + right
     merged = list(left)
     for end in right:
-        for i, mine in enumerate(merged):
-            if mine.comparable(end):
-                if (end.offset > mine.offset) == larger:
-                    merged[i] = end
-                break
-        else:
+        at = 0
+        while at < len(merged) and not merged[at].comparable(end):
+            at += 1
+        if at == len(merged):
             merged.append(end)
+        elif (end.offset > merged[at].offset) == larger:
+            merged[at] = end
     return tuple(merged)
 
 

@@ -300,8 +300,8 @@ class _RowsFrom(Mask):
             return everything()
         return negated(everything()) if last < self.start else self
 
-    def row_breaks(self) -> frozenset[int]:
-        return frozenset() if isinstance(self.start, Tensor) else frozenset({self.start})
+    def row_breaks(self) -> tuple[int, ...]:
+        return () if isinstance(self.start, Tensor) else (self.start,)
 
     @property
     def batch_size(self) -> int | None:
@@ -327,8 +327,8 @@ class _Heads(Mask):
     def for_rows(self, first: int, last: int) -> Mask:
         return _Heads(self.selected, self.then.for_rows(first, last), self.otherwise.for_rows(first, last))
 
-    def row_breaks(self) -> frozenset[int]:
-        return self.then.row_breaks() | self.otherwise.row_breaks()
+    def row_breaks(self) -> tuple[int, ...]:
+        return self.then.row_breaks() + self.otherwise.row_breaks()
 
     @property
     def num_heads(self) -> int | None:
@@ -370,11 +370,11 @@ class _Offset(Mask):
             return self
         return _Offset(self.mask.for_rows(first + self.q, last + self.q), self.q, self.kv)
 
-    def row_breaks(self) -> frozenset[int]:
+    def row_breaks(self) -> tuple[int, ...]:
         if isinstance(self.q, Tensor):
-            return frozenset()
+            return ()
         q = self.q
-        return frozenset(row - q for row in self.mask.row_breaks())
+        return tuple(row - q for row in self.mask.row_breaks())
 
     def __repr__(self) -> str:
         moved = [f"{name}={brief(v)}" for name, v in (("q", self.q), ("kv", self.kv)) if not _is_zero(v)]

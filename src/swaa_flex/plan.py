@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from . import backends, chunked
 from .algebra import Mask, with_tensors
 from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
+from .intervals import Bounds
 from .masks import offset
 
 
@@ -89,53 +90,70 @@ def plan(
     check_sizes(mask, q_len, kv_len, batch, heads)
     device = torch.device(device)
     backend = backends.resolve(backend, device, q_len=q_len, needs_grad=needs_grad)
+    parts = _split(mask, q_len, q_offset)
+    if backend == "chunked":
+        segments = tuple(_chunked_segment(*part, q_offset, kv_len, device) for part in parts)
+        return AttentionPlan(mask, backend, q_len, kv_len, segments, needs_grad)
+    bounds = [_bounds(*part, q_offset, kv_len, device) for part in parts]
+    widths = [list_width(b, kv_len) for b in bounds]
+    if min(widths) == max(widths) and len(parts) > 1:  # no list would become shorter
+        parts = [(0, q_len, mask)]
+        bounds = [_bounds(0, q_len, mask, q_offset, kv_len, device)]
     segments = tuple(
-        _segment(part, first, stop, kv_len, device, backend, q_offset, needs_grad)
-        for first, stop, part in _split(mask, q_len, kv_len, q_offset, device)
+        _flex_segment(*part, b, q_offset, kv_len, device, backend, needs_grad)
+        for part, b in zip(parts, bounds, strict=True)
     )
     return AttentionPlan(mask, backend, q_len, kv_len, segments, needs_grad)
 
 
-def _split(
-    mask: Mask, q_len: int, kv_len: int, q_offset: int | Tensor, device: torch.device
-) -> list[tuple[int, int, Mask]]:
-    """Query ranges with the mask of each, one range unless splitting makes some lists shorter."""
+Part = tuple[int, int, Mask]
+"""A stretch of query rows: first, stop, and the mask that holds there."""
+
+
+def _split(mask: Mask, q_len: int, q_offset: int | Tensor) -> list[Part]:
+    """The query rows, cut where the mask is known to change."""
     if isinstance(q_offset, Tensor):
         return [(0, q_len, mask)]
-    breaks = sorted(row - q_offset for row in mask.row_breaks())
-    edges = [0, *(row for row in breaks if 0 < row < q_len), q_len]
-    parts = [(a, b, mask.for_rows(a + q_offset, b - 1 + q_offset)) for a, b in itertools.pairwise(edges)]
-    if len(parts) > 1:
-        whole = _width(mask, q_offset, q_len, kv_len, device)
-        if all(_width(part, q_offset + a, b - a, kv_len, device) >= whole for a, b, part in parts):
-            return [(0, q_len, mask)]
-    return parts
+    edges = [0, q_len]
+    for row in mask.row_breaks():  # insertion by comparisons: torch.compile cannot sort symbolic integers
+        row = row - q_offset
+        if 0 < row < q_len:
+            at = sum(1 for edge in edges if edge < row)
+            if edges[at] != row:
+                edges.insert(at, row)
+    return [(a, b, mask.for_rows(a + q_offset, b - 1 + q_offset)) for a, b in itertools.pairwise(edges)]
 
 
-def _width(mask: Mask, q_offset: int, q_len: int, kv_len: int, device: torch.device) -> int:
-    return list_width(row_block_bounds(offset(mask, q=q_offset), q_len, kv_len, BLOCK_SIZE, device), kv_len)
+def _bounds(first: int, stop: int, mask: Mask, q_offset: int | Tensor, kv_len: int, device: torch.device) -> Bounds:
+    return row_block_bounds(offset(mask, q=q_offset + first), stop - first, kv_len, BLOCK_SIZE, device)
 
 
-def _segment(
-    mask: Mask,
+def _chunked_segment(
+    first: int, stop: int, mask: Mask, q_offset: int | Tensor, kv_len: int, device: torch.device
+) -> Segment:
+    local = offset(mask, q=q_offset + first)
+    return Segment(first, stop, local, None, chunked.chunks(local, stop - first, kv_len, device))
+
+
+def _flex_segment(
     first: int,
     stop: int,
+    mask: Mask,
+    bounds: Bounds,
+    q_offset: int | Tensor,
     kv_len: int,
     device: torch.device,
     backend: str,
-    q_offset: int | Tensor,
     needs_grad: bool,
 ) -> Segment:
     q_len, shift = stop - first, q_offset + first
-    if backend == "chunked":
-        local = offset(mask, q=shift)
-        return Segment(first, stop, local, None, chunked.chunks(local, q_len, kv_len, device))
     if backend == "flash" and not isinstance(shift, Tensor) and shift != 0:
         # FLASH inlines captured Python integers, so one that varies between calls must be a tensor.
         shift = torch.full((), shift, device=device, dtype=torch.int32)
     local = offset(mask, q=shift)
     block_mask = layout(
         local,
+        bounds,
         q_len,
         kv_len,
         device=device,

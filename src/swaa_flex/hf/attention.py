@@ -58,7 +58,7 @@ def attention_forward(
     """
     if dropout > 0:
         raise UnsupportedModelError(
-            f"attention dropout {dropout}: FlexAttention has none; set config.attention_dropout = 0, or call model.eval()"
+            f"attention dropout {dropout}: FlexAttention has none; set config.attention_dropout = 0 or call model.eval()"
         )
     if output_attentions:
         raise UnsupportedModelError(
@@ -86,6 +86,6 @@ def attention_forward(
         position_ids=position_ids,
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
     )
-    out = attention(query, key, value, ready, scale=scaling, softcap=softcap, sink_logits=s_aux)
-    assert isinstance(out, Tensor)
-    return out.transpose(1, 2).contiguous(), None
+    result = attention(query, key, value, ready, scale=scaling, softcap=softcap, sink_logits=s_aux)
+    assert isinstance(result, Tensor)
+    return result.transpose(1, 2).contiguous(), None

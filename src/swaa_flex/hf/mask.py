@@ -97,8 +97,8 @@ def refuse_without_interface(config_class: type) -> None:
     modeling = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
     if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         raise UnsupportedModelError(
-            f"model type {getattr(config_class, 'model_type', config_class.__name__)!r} does not call attention through "
-            "transformers' AttentionInterface, so swaa_flex cannot change it; use another model, or "
+            f"model type {getattr(config_class, 'model_type', config_class.__name__)!r} does not call attention by name "
+            "through transformers' AttentionInterface, so swaa_flex cannot change it; use another model, or "
             "attn_implementation='eager' for full attention"
         )
 
@@ -193,7 +193,7 @@ class ForwardMask(BlockMask):
                     "the cache must be as long as it announces"
                 )
             if kind.full or config.sliding_window is None:
-                mask = self._mask(everything(), None, position_ids)
+                mask = self._mask(None, None, position_ids)
             else:
                 near = window(config.sliding_window) | sinks(config.sink_tokens)
                 tail = config.dense_tail if info.dense_tail is None else info.dense_tail
@@ -211,11 +211,11 @@ class ForwardMask(BlockMask):
             )
         return self.plans[key]
 
-    def _mask(self, inner: Mask, dense: Mask | None, position_ids: Tensor | None) -> Mask:
+    def _mask(self, inner: Mask | None, dense: Mask | None, position_ids: Tensor | None) -> Mask:
         """What the model allows, restricted to `inner` except in `dense` rows, at this forward's rows and keys.
 
         Args:
-            inner: evaluated in each sequence's own positions.
+            inner: evaluated in each sequence's own positions; None for everything.
             dense: evaluated at rows of the cache, pads included; None for none.
             position_ids: of this forward, for packed rows.
         """
@@ -223,8 +223,9 @@ class ForwardMask(BlockMask):
         if native is None or (self.is_packed and position_ids is None):
             native, known = everything(), False
         if dense is None:
-            mask = self._in_sequence(native & inner, position_ids)
+            mask = self._in_sequence(native if inner is None else native & inner, position_ids)
         else:
+            assert inner is not None
             mask = self._in_sequence(native, position_ids) & (self._in_sequence(inner, position_ids) | dense)
         if not known:
             mask = mask & from_mask_mod(self.mask_function)
@@ -242,7 +243,7 @@ class ForwardMask(BlockMask):
 
     def _rows(
         self, near: Mask, tail: int, decode_is_full: bool, info: PromptInfo, module: nn.Module
-    ) -> tuple[Mask, Mask | None]:
+    ) -> tuple[Mask | None, Mask | None]:
         """What rows see in their own positions, and the rows of the cache that see everything."""
         batch, _, q_len, _ = self.sizes
         if info.lengths is not None:
@@ -266,7 +267,7 @@ class ForwardMask(BlockMask):
             return near, offset(rows_where(dense_rows), q=-self.q_offset)
         if q_len == 1:
             # One new token: a decode row. (On an empty cache it sees itself either way.)
-            return (everything(), None) if decode_is_full else (near, None)
+            return (None if decode_is_full else near), None
         if tail == 0:
             return near, None
         self._warn_of_chunks(module)
