@@ -48,9 +48,6 @@ class Mask:
     def __invert__(self) -> Mask:
         return negated(self)
 
-    def __bool__(self) -> bool:
-        raise MaskError("a mask has no truth value; combine masks with & | ~ instead of and, or, not")
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self._identity() == other._identity()
 

@@ -93,17 +93,26 @@ def why_not(
         if dtype == torch.float64:
             return "it takes float32, bfloat16 and float16, not float64; use backend='chunked'"
         return ""
-    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-        return (
-            "the package flash-attn-4 is not installed; pip install --pre 'swaa-flex[flash]', or use backend='triton'"
-        )
-    major, minor = torch.cuda.get_device_capability(device)
-    if major not in FLASH_CAPABILITIES:
-        return f"it needs compute capability 9.0 or 10.0 and this GPU has {major}.{minor}; use backend='triton'"
+    missing: str = _flash_missing(device.index)
+    if missing:
+        return missing
     if dtype is not None and dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {_name(dtype)}; use backend='triton'"
     if head_dim is not None and (head_dim > FLASH_HEAD_DIM or head_dim % 8):
         return f"head_dim={head_dim}: it takes multiples of 8 up to {FLASH_HEAD_DIM}; use backend='triton'"
+    return ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _flash_missing(device_index: int | None) -> str:
+    """What the machine lacks for flash; a constant for torch.compile, which cannot trace the question."""
+    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+        return (
+            "the package flash-attn-4 is not installed; pip install --pre 'swaa-flex[flash]', or use backend='triton'"
+        )
+    major, minor = torch.cuda.get_device_capability(device_index)
+    if major not in FLASH_CAPABILITIES:
+        return f"it needs compute capability 9.0 or 10.0 and this GPU has {major}.{minor}; use backend='triton'"
     return ""
 
 

@@ -134,7 +134,8 @@ def list_width(bounds: Bounds, kv_len: int, block_size: int = BLOCK_SIZE) -> int
 
 def row_block_bounds(mask: Mask, q_len: int, kv_len: int, block_size: int, device: torch.device | str) -> Bounds:
     """Bounds of each block of `block_size` rows, clipped to the keys there are."""
-    first = torch.arange(-(-q_len // block_size), device=device)[None, None, :] * block_size
+    blocks = torch.arange(-(-q_len // block_size), dtype=torch.int32, device=device)
+    first = blocks[None, None, :] * block_size
     start = symbolic(first)
     bounds = mask.bounds(Rows(start, start.plus(min(block_size, q_len) - 1)))
     return bounds.clip(Interval((Linear(),), (Linear(offset=kv_len),)))
@@ -168,14 +169,14 @@ def _ranges(
     if separate_full and q_len >= block_size and kv_len >= block_size and bounds.subset:
         complete = torch.arange(1, row_blocks + 1, device=device) * block_size <= q_len
         for start, stop in merged_ranges(bounds.subset, row_blocks, device):
-            first, last = -(-start // block_size), stop // block_size
+            first, last = (start + block_size - 1) // block_size, stop // block_size
             full.append((first, torch.where(complete, torch.maximum(first, last), first)))
     return _subtract(touched, full), full
 
 
 def _blocks_until(start: Tensor, stop: Tensor, block_size: int) -> Tensor:
     """One past the last block of `[start, stop)`, the block of `start` itself if that is empty."""
-    return torch.where(stop > start, -(-stop // block_size), start // block_size)
+    return torch.where(stop > start, (stop + block_size - 1) // block_size, start // block_size)
 
 
 def _tensors(intervals: Union, row_blocks: int, device: torch.device | str) -> list[Range]:
@@ -184,7 +185,9 @@ def _tensors(intervals: Union, row_blocks: int, device: torch.device | str) -> l
     for interval in intervals:
         ends = []
         for value in interval.values():
-            tensor = value if isinstance(value, Tensor) else torch.full((1, 1, 1), value, device=device)
+            tensor = (
+                value if isinstance(value, Tensor) else torch.full((1, 1, 1), value, dtype=torch.int32, device=device)
+            )
             ends.append(tensor.to(torch.int32))
         start, stop = torch.broadcast_tensors(*ends)
         shape = torch.broadcast_shapes(start.shape, (1, 1, row_blocks))
@@ -212,15 +215,13 @@ def _merged(ranges: list[Range]) -> list[Range]:
 
 def _subtract(ranges: list[Range], holes: list[Range]) -> list[Range]:
     """Ascending `ranges` without ascending `holes`."""
+    # An empty hole removes nothing, wherever it lies: at 0 it is before every range.
+    real = [(torch.where(stop > start, start, 0), torch.where(stop > start, stop, 0)) for start, stop in holes]
     pieces = []
-    for start, stop in ranges:
-        low = start
-        for hole_start, hole_stop in holes:
-            # An empty hole removes nothing, wherever it lies.
-            cut = torch.where(hole_stop > hole_start, hole_start, low)
-            piece_stop = torch.minimum(stop, cut)
-            pieces.append((low, torch.maximum(low, piece_stop)))
-            low = torch.maximum(low, torch.where(hole_stop > hole_start, hole_stop, low))
+    for low, stop in ranges:
+        for hole_start, hole_stop in real:
+            pieces.append((low, torch.maximum(low, torch.minimum(stop, hole_start))))
+            low = torch.maximum(low, hole_stop)
         pieces.append((low, torch.maximum(low, stop)))
     return pieces
 

@@ -385,9 +385,14 @@ def _is_zero(value: int | Tensor) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
+_LARGEST = (1 << 30) - 1  # positions are int32, and sums of two of them must fit
+
+
 def _checked_int(name: str, value: object, minimum: int | None) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise MaskError(f"{name} takes an integer, not {value!r}")
     if minimum is not None and value < minimum:
         raise MaskError(f"{name}({value}): expected an integer of at least {minimum}")
+    if isinstance(value, int) and value > _LARGEST:
+        raise MaskError(f"{name}({value}): expected an integer of at most {_LARGEST}")
     return value  # type: ignore[return-value]

@@ -210,6 +210,9 @@ class DocumentTable:
 
 
 def _look_up(table: Tensor, b: Tensor, index: Tensor) -> Tensor:
+    # Inside other combinators indices can point past the sequence; those pairs are masked, but must not be read.
+    # (Not clamp: FlexAttention's FLASH backend knows no maximum, torch 2.11.)
+    index = torch.where((index >= 0) & (index < table.shape[-1]), index, 0)
     return table[index] if table.dim() == 1 else table[b, index]
 
 

@@ -58,7 +58,7 @@ def attention_forward(
     """
     if dropout > 0:
         raise UnsupportedModelError(
-            f"attention dropout {dropout}: FlexAttention has none; set config.attention_dropout = 0 or call model.eval()"
+            f"attention dropout {dropout}: FlexAttention has none; set config.attention_dropout = 0, or model.eval()"
         )
     if output_attentions:
         raise UnsupportedModelError(
@@ -80,8 +80,9 @@ def attention_forward(
     tensors = (query, key, value) if s_aux is None else (query, key, value, s_aux)
     ready = attention_mask.to(query.device).plan_for(
         module,
-        kv_len=key.shape[2],
-        heads=query.shape[1],
+        query,
+        key,
+        value,
         info=prompt_info(prompt_lengths, decode_rows),
         position_ids=position_ids,
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),

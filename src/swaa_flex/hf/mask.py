@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.masking_utils import causal_mask_function
 
+from .. import backends
 from ..algebra import Mask, negated
 from ..errors import MaskError, UnsupportedModelError
 from ..masks import (
@@ -97,7 +98,7 @@ def refuse_without_interface(config_class: type) -> None:
     modeling = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
     if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         raise UnsupportedModelError(
-            f"model type {getattr(config_class, 'model_type', config_class.__name__)!r} does not call attention by name "
+            f"model type {getattr(config_class, 'model_type', '')!r} does not call attention by name "
             "through transformers' AttentionInterface, so swaa_flex cannot change it; use another model, or "
             "attn_implementation='eager' for full attention"
         )
@@ -172,8 +173,9 @@ class ForwardMask(BlockMask):
     def plan_for(
         self,
         module: nn.Module,
-        kv_len: int,
-        heads: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         info: PromptInfo,
         position_ids: Tensor | None,
         needs_grad: bool,
@@ -184,12 +186,12 @@ class ForwardMask(BlockMask):
         if not isinstance(layer, int):
             raise UnsupportedModelError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
         kind = config.resolve(self.config.num_hidden_layers)[layer]
-        key = (kind, needs_grad)
-        if key not in self.plans:
-            batch, _, q_len, expected = self.sizes
-            if kv_len != expected:
+        variant = (kind, needs_grad)
+        if variant not in self.plans:
+            batch, _, q_len, kv_len = self.sizes
+            if key.shape[2] != kv_len:
                 raise MaskError(
-                    f"layer {layer} attends to {kv_len} keys and the mask is for {expected}; the layers of "
+                    f"layer {layer} attends to {key.shape[2]} keys and the mask is for {kv_len}; the layers of "
                     "the cache must be as long as it announces"
                 )
             if kind.full or config.sliding_window is None:
@@ -199,17 +201,25 @@ class ForwardMask(BlockMask):
                 tail = config.dense_tail if info.dense_tail is None else info.dense_tail
                 inner, dense = self._rows(near, tail, kind.full_attention_decode, info, module)
                 mask = self._mask(inner, dense, position_ids)
-            self.plans[key] = plan(
+            backend = backends.resolve(
+                config.backend,
+                self.device,
+                q_len=q_len,
+                needs_grad=needs_grad,
+                dtype=query.dtype,
+                head_dim=max(query.shape[-1], value.shape[-1]),
+            )
+            self.plans[variant] = plan(
                 mask,
                 q_len,
                 kv_len,
                 batch=batch,
-                heads=heads,
+                heads=query.shape[1],
                 device=self.device,
-                backend=config.backend,
+                backend=backend,
                 needs_grad=needs_grad,
             )
-        return self.plans[key]
+        return self.plans[variant]
 
     def _mask(self, inner: Mask | None, dense: Mask | None, position_ids: Tensor | None) -> Mask:
         """What the model allows, restricted to `inner` except in `dense` rows, at this forward's rows and keys.

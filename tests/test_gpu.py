@@ -1,0 +1,212 @@
+"""The CUDA backends against the float64 oracle and the chunked backend. Run with `pytest -m gpu`."""
+
+import pytest
+import torch
+from conftest import dense_attention, visible_pairs
+from test_hf import CONFIG
+from test_models import batch, tiny
+from torch.nn.attention.flex_attention import create_block_mask
+
+import swaa_flex
+from swaa_flex import attention, backends
+from swaa_flex.masks import causal, from_mask_mod, heads, left_padded, packed, rows_from, sinks, window
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+LENGTH = 700
+CUDA = torch.device("cuda")
+NO_FLASH = backends.why_not("flash", CUDA, dtype=torch.bfloat16, head_dim=64) if torch.cuda.is_available() else "-"
+flash = pytest.mark.skipif(bool(NO_FLASH), reason=NO_FLASH)
+BACKENDS = ["triton", pytest.param("flash", marks=flash)]
+
+
+def on_cuda(name):
+    ids = torch.arange(LENGTH, device="cuda") // 250
+    pads = (torch.arange(LENGTH, device="cuda") >= torch.tensor([[0], [333]], device="cuda")).long()
+    near = window(200) | sinks(5)
+    return {
+        "causal": causal(),
+        "window and sinks": causal() & near,
+        "full sink blocks": causal() & (window(256) | sinks(128)),
+        "dense tail": causal() & (near | rows_from(LENGTH - 64)),
+        "rows per sequence": causal() & (near | rows_from(torch.tensor([650, 30], device="cuda"))),
+        "per head": heads(torch.tensor([True, False] * 2, device="cuda"), causal(), causal() & window(64)),
+        "packed": packed(causal() & near, document_ids=ids),
+        "left padded": left_padded(causal() & near, pads),
+        "own function": causal() & window(300) & from_mask_mod(lambda b, h, q, kv: (q + kv) % 3 == 0),
+    }[name]
+
+
+NAMES = [
+    "causal",
+    "window and sinks",
+    "full sink blocks",
+    "dense tail",
+    "rows per sequence",
+    "per head",
+    "packed",
+    "left padded",
+    "own function",
+]
+
+
+def tensors(q_len=LENGTH, kv_len=LENGTH, dtype=torch.float32, heads=4, kv_heads=2, head_dim=64):
+    shape = (2, heads, q_len, head_dim), (2, kv_heads, kv_len, head_dim), (2, kv_heads, kv_len, head_dim)
+    return [torch.randn(s, device="cuda", dtype=dtype) for s in shape]
+
+
+def oracle(query, key, value, mask, q_offset=0, **kwargs):
+    # The mask's tensors live on the GPU, so the pairs are evaluated there.
+    with torch.device("cuda"):
+        visible = visible_pairs(mask, query.shape[2], key.shape[2], query.shape[0], query.shape[1], q_offset)
+        return dense_attention(query, key, value, visible, **kwargs)
+
+
+def close(ours, expected, dtype):
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_forward(name, dtype):
+    inputs, mask = tensors(dtype=dtype), on_cuda(name)
+    with torch.no_grad():
+        close(attention(*inputs, mask, backend="triton"), oracle(*inputs, mask)[0], dtype)
+        if dtype == torch.float32:
+            torch.testing.assert_close(
+                attention(*inputs, mask, backend="triton"),
+                attention(*inputs, mask, backend="chunked"),
+                atol=2e-5,
+                rtol=0,
+            )
+
+
+@flash
+@pytest.mark.parametrize("name", NAMES)
+def test_flash_forward(name):
+    inputs, mask = tensors(dtype=torch.bfloat16), on_cuda(name)
+    with torch.no_grad():
+        close(attention(*inputs, mask, backend="flash"), oracle(*inputs, mask)[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["window and sinks", "dense tail", "rows per sequence", "left padded"])
+def test_gradients(backend, name):
+    dtype = torch.bfloat16 if backend == "flash" else torch.float32
+    inputs, mask = [x.requires_grad_() for x in tensors(dtype=dtype)], on_cuda(name)
+    weights = torch.randn_like(inputs[0])
+    ours = torch.autograd.grad((attention(*inputs, mask, backend=backend) * weights).sum(), inputs)
+    expected = torch.autograd.grad((oracle(*inputs, mask)[0] * weights).sum(), inputs)
+    for mine, theirs in zip(ours, expected, strict=True):
+        error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
+        assert error < (2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3], ids="kv_heads={}".format)
+@pytest.mark.parametrize("q_len", [1, 5, 60])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_over_a_long_cache(kv_heads, q_len, dtype):
+    heads_ = {1: 8, 2: 8, 3: 9}[kv_heads]  # groups of 8, 4 and 3: the last is no power of two
+    inputs = tensors(q_len, 3000, dtype, heads_, kv_heads)
+    for mask in (causal(), causal() & (window(500) | sinks(5))):
+        for q_offset in (2990 - q_len, torch.tensor(1234, device="cuda")):
+            plan = swaa_flex.plan(mask, q_len, 3000, device="cuda", q_offset=q_offset)
+            assert plan.backend == "triton"
+            with torch.no_grad():
+                close(attention(*inputs, plan), oracle(*inputs, mask, int(q_offset))[0], dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("extra", ["softcap", "sink_logits", "lse"])
+def test_softcap_sink_logits_and_lse(backend, extra):
+    dtype = torch.bfloat16 if backend == "flash" else torch.float32
+    inputs, mask = tensors(dtype=dtype), on_cuda("window and sinks")
+    kwargs = {
+        "softcap": {"softcap": 2.0},
+        "sink_logits": {"sink_logits": torch.tensor([0.5, -1.0, 2.0, 0.0], device="cuda")},
+        "lse": {},
+    }[extra]
+    with torch.no_grad():
+        out, lse = attention(*inputs, mask, backend=backend, return_lse=True, **kwargs)
+    expected, expected_lse = oracle(*inputs, mask, **kwargs)
+    close(out, expected, dtype)
+    close(lse, expected_lse, dtype)
+
+
+def test_block_lists_equal_create_block_mask():
+    mask = causal() & (window(2048) | sinks(128))
+    ours = swaa_flex.build_block_mask(mask, 16384, 16384, device="cuda")
+    stock = create_block_mask(mask, None, None, 16384, 16384, device="cuda")
+    width = ours.kv_indices.shape[-1]
+    for prefix in ("", "full_"):
+        number = getattr(ours, f"{prefix}kv_num_blocks")
+        assert torch.equal(number, getattr(stock, f"{prefix}kv_num_blocks"))
+        used = torch.arange(width, device="cuda") < number[..., None]
+        mine, theirs = getattr(ours, f"{prefix}kv_indices"), getattr(stock, f"{prefix}kv_indices")[..., :width]
+        assert torch.equal(mine * used, theirs * used)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+def test_building_and_planning_do_not_synchronise():
+    masks = [on_cuda(name) for name in NAMES]
+    offset = torch.tensor(100, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for mask in masks:
+            swaa_flex.plan(mask, LENGTH, LENGTH, batch=2, heads=4, device="cuda", backend="triton", needs_grad=True)
+            swaa_flex.plan(mask, 1, LENGTH, batch=2, heads=4, device="cuda", backend="triton", q_offset=offset)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_lengths_do_not_pile_up_compilations():
+    from torch._dynamo.utils import counters
+
+    def run(length):
+        inputs = tensors(length, length, torch.bfloat16)
+        with torch.no_grad():
+            mask = causal() & (window(200) | sinks(5))
+            close(attention(*inputs, mask, backend="triton"), oracle(*inputs, mask)[0], torch.bfloat16)
+
+    for length in (300, 410, 523):
+        run(length)
+    compiled = counters["stats"]["unique_graphs"]
+    for length in (260, 640, 777, 1024, 1500):
+        run(length)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_a_model_generates_the_same_on_the_gpu(family):
+    model = tiny(family, head_dim=16)
+    model.config.swaa = CONFIG
+    inputs = batch()
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    on_cpu = model.generate(**inputs, **kwargs)
+    model.to("cuda")
+    on_gpu = model.generate(**{k: v.cuda() for k, v in inputs.items()}, **kwargs)
+    torch.testing.assert_close(torch.stack(on_gpu.logits).cpu(), torch.stack(on_cpu.logits), atol=1e-3, rtol=1e-3)
+    assert torch.equal(on_gpu.sequences.cpu(), on_cpu.sequences)
+
+
+def test_half_precision_and_float32_models_choose_a_backend_that_takes_them():
+    model = tiny("llama", head_dim=16).cuda()
+    model.config.swaa = CONFIG
+    ids = torch.randint(3, 99, (1, 300), device="cuda")
+    with torch.no_grad():
+        exact = model(ids).logits
+        half = model.bfloat16()(ids).logits.float()
+    assert (exact - half).norm() / exact.norm() < 0.05
+
+
+def test_a_compiled_model_equals_the_eager_one():
+    model = tiny("llama", head_dim=16).cuda()
+    model.config.swaa = CONFIG
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for length in (300, 411):
+            ids = torch.randint(3, 99, (1, length), device="cuda")
+            ours = compiled(ids, use_cache=False).logits
+            torch.testing.assert_close(ours, model(ids, use_cache=False).logits, atol=1e-3, rtol=1e-3)
