@@ -167,26 +167,30 @@ def test_attention_inside_a_compiled_function_is_one_graph():
         torch.testing.assert_close(compiled(query, key, value), attention(query, key, value, mask))
 
 
+def run(backend="auto", **kwargs):
+    return lambda q, k, v: attention(q, k, v, causal(), backend=backend, **kwargs)
+
+
+UNAVAILABLE = BackendUnavailableError
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda q, k, v: attention(q, k, v, causal(), backend="flahs"), ConfigError, "'flahs'.*did you mean 'flash'"),
-        (lambda q, k, v: attention(q, k, v, causal(), backend="flash"), BackendUnavailableError, "needs a CUDA device"),
-        (lambda q, k, v: attention(q, k, v, causal(), backend="triton"), BackendUnavailableError, "needs a CUDA device"),
-        (lambda q, k, v: attention(q.double(), k.double(), v.double(), causal(), backend="cpp"), BackendUnavailableError,
-         "float64; use backend='chunked'"),
-        (lambda q, k, v: attention(q.requires_grad_(), k, v, causal(), backend="cpp"), BackendUnavailableError,
-         "no backward pass on CPU"),
-        (lambda q, k, v: attention(q, k, v, causal(), backend="cpp", return_lse=True), BackendUnavailableError,
-         "no log-sum-exp"),
+        (run("flahs"), ConfigError, r"'flahs'.*did you mean 'flash'"),
+        (run("flash"), UNAVAILABLE, "needs a CUDA device"),
+        (run("triton"), UNAVAILABLE, "needs a CUDA device"),
+        (lambda *qkv: run("cpp")(*(x.double() for x in qkv)), UNAVAILABLE, "float64; use backend='chunked'"),
+        (lambda q, k, v: run("cpp")(q.requires_grad_(), k, v), UNAVAILABLE, "no backward pass on CPU"),
+        (run("cpp", return_lse=True), UNAVAILABLE, "no log-sum-exp"),
         (lambda q, k, v: attention(q, k, v, lambda b, h, q, kv: q >= kv), MaskError, "from_mask_mod"),
-        (lambda q, k, v: attention(q, k, v, rows_from(torch.tensor([1, 2, 3]))), MaskError, "batch=3.*batch=2"),
-        (lambda q, k, v: attention(q[:, :3], k, v, causal()), MaskError, "heads must be a multiple of kv_heads"),
-        (lambda q, k, v: attention(q[0], k, v, causal()), MaskError, r"must be \[batch, heads, len, head_dim\]"),
-        (lambda q, k, v: attention(q, k, v, causal(), sink_logits=torch.zeros(3)), MaskError, r"expected one per query head, \[4\]"),
+        (lambda q, k, v: attention(q, k, v, rows_from(torch.tensor([1, 2, 3]))), MaskError, r"batch=3.*batch=2"),
+        (lambda q, k, v: run()(q[:, :3], k, v), MaskError, "heads must be a multiple of kv_heads"),
+        (lambda q, k, v: run()(q[0], k, v), MaskError, r"must be \[batch, heads, len, head_dim\]"),
+        (run(sink_logits=torch.zeros(3)), MaskError, r"expected one per query head, \[4\]"),
         (lambda q, k, v: attention(q, k, v, swaa_flex.plan(causal(), 9, 9)), MaskError, "plan is for q_len=9"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_run_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call(*tensors())

@@ -417,3 +417,27 @@ def test_invalid_reference_settings_are_refused_under_their_own_names(values: An
     with pytest.raises(ConfigError) as caught:
         SWAAConfig.from_reference(values)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("layer", "decode", "prompt_length", "expected"),
+    [
+        (1, True, None, "causal"),
+        (0, True, None, "causal & (window(8) | sinks(2))"),
+        (0, True, 50, "causal & (window(8) | sinks(2) | rows_from(46))"),
+        (0, False, 50, "causal & (window(8) | sinks(2) | rows_from(46) & ~rows_from(50))"),
+        (2, [0], 50, "causal & (window(8) | sinks(2) | rows_from(46) & ~rows_from(50))"),
+    ],
+)
+def test_mask_for_states_what_a_layer_sees(layer, decode, prompt_length, expected):
+    config = SWAAConfig(8, 2, full_attention_layers=[1], full_attention_decode=decode, dense_tail=4)
+    assert repr(config.mask_for(layer, 3, prompt_length=prompt_length)) == expected
+
+
+def test_mask_for_refuses_a_layer_the_model_does_not_have():
+    with pytest.raises(ConfigError, match="layer=36: expected 0 to 35"):
+        SWAAConfig().mask_for(36, 36)
+
+
+def test_mask_for_without_a_window_is_causal():
+    assert repr(SWAAConfig(sliding_window=None).mask_for(0, 2, prompt_length=9)) == "causal"

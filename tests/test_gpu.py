@@ -118,6 +118,18 @@ def test_decoding_over_a_long_cache(kv_heads, q_len, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_long_query_that_continues_a_cache(backend, as_tensor):
+    inputs, mask = tensors(300, 900, torch.bfloat16), on_cuda("window and sinks")
+    for q_offset in (256, 511, 600):
+        given = torch.tensor(q_offset, device="cuda") if as_tensor else q_offset
+        plan = swaa_flex.plan(mask, 300, 900, batch=2, heads=4, device="cuda", q_offset=given, backend=backend)
+        assert [segment.backend for segment in plan.segments] == [backend]
+        with torch.no_grad():
+            close(attention(*inputs, plan), oracle(*inputs, mask, q_offset)[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("extra", ["softcap", "sink_logits", "lse"])
 def test_softcap_sink_logits_and_lse(backend, extra):
     dtype = torch.bfloat16 if backend == "flash" else torch.float32
@@ -201,6 +213,7 @@ def test_half_precision_and_float32_models_choose_a_backend_that_takes_them():
     assert (exact - half).norm() / exact.norm() < 0.05
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")
 def test_a_compiled_model_equals_the_eager_one():
     model = tiny("llama", head_dim=16).cuda()
     model.config.swaa = CONFIG

@@ -316,7 +316,7 @@ def test_inductor_runs_the_compiled_model(model):
 
 
 def test_a_layer_the_model_does_not_have_is_refused_when_the_configuration_is_set(model):
-    with pytest.raises(ConfigError, match="full_attention_layers.*40"):
+    with pytest.raises(ConfigError, match=r"full_attention_layers.*40"):
         swaa_flex.adapt(model, SWAAConfig(full_attention_layers=[40]))
     with pytest.raises(ConfigError, match="did you mean 'balanced'"):
         swaa_flex.adapt(model, "ballanced")
@@ -348,7 +348,7 @@ def test_dropout_in_training_is_refused():
     ids = torch.randint(3, 99, (1, 20))
     logits(model, ids)
     model.train()
-    with pytest.raises(UnsupportedModelError, match="attention dropout 0.1"):
+    with pytest.raises(UnsupportedModelError, match=r"attention dropout 0\.1"):
         model(ids)
 
 

@@ -6,7 +6,6 @@ import transformers
 from reference import Reference
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import swaa_flex
 from swaa_flex import SWAAConfig
 
 SIZE = {

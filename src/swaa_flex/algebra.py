@@ -94,7 +94,8 @@ class Mask:
         return ()
 
     def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, f.name) for f in fields(self) if f.compare)  # type: ignore[arg-type]
+        # A default, because torch 2.11's dynamo hashes masks that it is still putting together.
+        return tuple(getattr(self, f.name, None) for f in fields(self) if f.compare)  # type: ignore[arg-type]
 
     def _identity(self) -> tuple[Any, ...]:
         return (type(self), *(_identity(value) for value in self._values()))
@@ -220,6 +221,11 @@ def with_tensors(mask: Mask, device: torch.device) -> Mask:
     return replace(mask, **changes)  # type: ignore[type-var]
 
 
+def has_scalar_tensor(mask: Mask) -> bool:
+    """Whether the mask holds a 0-d tensor, such as an offset that changes in place."""
+    return "tensor0" in str(mask.structure)
+
+
 def _as_tensors(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mask):
         return with_tensors(value, device)
@@ -263,7 +269,7 @@ def _structure(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_structure(part) for part in value)
     if isinstance(value, Tensor):
-        return ("tensor", value.dim(), value.dtype, value.numel() == 1)
+        return (f"tensor{value.dim()}", value.dtype, value.numel() == 1)
     return type(value) if isinstance(value, int) else getattr(value, "__code__", value)
 
 

@@ -6,9 +6,14 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from swaa_flex.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .algebra import Mask
 
 BACKENDS = ("auto", "flash", "triton", "cpp", "chunked")
 
@@ -111,6 +116,41 @@ class SWAAConfig:
         return tuple(
             LayerKind(full=layer in full, full_attention_decode=layer in full or layer in decode) for layer in layers
         )
+
+    def mask_for(self, layer: int, num_hidden_layers: int, *, prompt_length: int | Tensor | None = None) -> Mask:
+        """The mask of one layer, in positions of the sequence (query row q is the token at position q).
+
+        Args:
+            layer: index of the decoder layer.
+            num_hidden_layers: how many decoder layers the model has.
+            prompt_length: tokens of the prompt, an int or `[batch]`: rows from there on are decode rows, the
+                `dense_tail` rows before it the dense tail. `None`: all rows are prompt rows without a tail.
+
+        Raises:
+            ConfigError: `layer` is out of range, or `resolve` refuses the number of layers.
+
+        Examples:
+            >>> config = SWAAConfig(sliding_window=2048, full_attention_layers=[1])
+            >>> config.mask_for(0, 4, prompt_length=9000)
+            causal & (window(2048) | sinks(128) | rows_from(8936))
+            >>> config.mask_for(1, 4)
+            causal
+        """
+        from .algebra import negated  # masks need torch, which a configuration does without
+        from .masks import causal, rows_from, sinks, window
+
+        kinds = self.resolve(num_hidden_layers)
+        if not 0 <= layer < num_hidden_layers:
+            raise ConfigError(f"layer={layer}: expected 0 to {num_hidden_layers - 1}, the layers of this model")
+        if kinds[layer].full or self.sliding_window is None:
+            return causal()
+        near = window(self.sliding_window) | sinks(self.sink_tokens)
+        if prompt_length is None:
+            return causal() & near
+        dense = rows_from(prompt_length - self.dense_tail)
+        if not kinds[layer].full_attention_decode:
+            dense = dense & negated(rows_from(prompt_length))
+        return causal() & (near | dense)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values, layer indices as lists."""

@@ -9,6 +9,7 @@ symbolic after their first change, so new lengths reuse what is there.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 import types
@@ -135,10 +136,10 @@ def _flex(
     outs, lses = [], []
     for segment in ready.segments:
         rows = query if len(ready.segments) == 1 else query[:, :, segment.first : segment.stop]
-        part, part_lse = _call(rows, key, value, segment, ready.backend, scale, softcap, needs_lse)
+        part, part_lse = _call(rows, key, value, segment, scale, softcap, needs_lse)
         outs.append(part)
         if part_lse is not None:
-            lses.append(part_lse)
+            lses.append(part_lse / math.log(2) if segment.backend == "flash" and _flash_lse_is_scaled() else part_lse)
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
     if not needs_lse:
         return out, None
@@ -155,12 +156,12 @@ def _call(
     key: Tensor,
     value: Tensor,
     segment: Segment,
-    backend: str,
     scale: float,
     softcap: float | None,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    options = _kernel_options(query, key, segment, backend)
+    backend = segment.backend
+    options = _kernel_options(query, key, segment)
     block_mask = segment.block_mask
     assert block_mask is not None
     if torch.compiler.is_compiling():
@@ -226,10 +227,10 @@ def _mask_kind(mask: Mask, backend: str) -> Any:
     return (mask.structure, mask) if backend == "flash" else mask.structure
 
 
-def _kernel_options(query: Tensor, key: Tensor, segment: Segment, backend: str) -> dict[str, Any] | None:
-    if backend == "cpp":
+def _kernel_options(query: Tensor, key: Tensor, segment: Segment) -> dict[str, Any] | None:
+    if segment.backend == "cpp":
         return None
-    if backend == "flash":
+    if segment.backend == "flash":
         return {"BACKEND": "FLASH"}
     # The decode kernel holds all rows of a kv head's group in one tile, which must divide the sparse block.
     group = query.shape[1] // key.shape[1]
@@ -239,6 +240,15 @@ def _kernel_options(query: Tensor, key: Tensor, segment: Segment, backend: str) 
     power_of_two = group & (group - 1) == 0
     decode = block_mask.full_kv_num_blocks is None and rows <= 64 and power_of_two
     return {"BACKEND": "TRITON_DECODE" if decode and block_mask.kv_indices.shape[1] == 1 else "TRITON"}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _flash_lse_is_scaled() -> bool:
+    """Whether flex_attention takes FLASH's log-sum-exp for base 2 and scales it once too often (torch 2.11).
+
+    Later versions tell the two apart by a variable of this name (torch 2.13).
+    """
+    return "stats_are_log2" not in inspect.getsource(flex_attention)
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None) -> None:

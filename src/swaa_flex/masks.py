@@ -166,6 +166,11 @@ def offset(mask: Mask, q: int | Tensor = 0, kv: int | Tensor = 0) -> Mask:
     return _Offset(mask, q, kv)
 
 
+def per_sequence_offset(mask: Mask, q: int | Tensor) -> Mask:
+    """`offset` whose tensor has one entry per sequence `[batch]`; only to be evaluated, it states no bounds."""
+    return _Offset(mask, q, 0) if isinstance(q, Tensor) else offset(mask, q=q)
+
+
 def kv_positions(mask: Mask, positions: Tensor) -> Mask:
     """`mask` for keys stored in slots: slot s holds the key of position `positions[s]`, or none if that is -1.
 
@@ -359,7 +364,8 @@ class _Offset(Mask):
     kv: int | Tensor
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return self.mask(b, h, q_idx + self.q, kv_idx + self.kv)
+        q = self.q
+        return self.mask(b, h, q_idx + (q[b] if isinstance(q, Tensor) and q.dim() == 1 else q), kv_idx + self.kv)
 
     def bounds(self, rows: Rows) -> Bounds:
         kv = symbolic(self.kv)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import backends, chunked
-from .algebra import Mask, with_tensors
+from .algebra import Mask, has_scalar_tensor, with_tensors
 from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
 from .intervals import Bounds
-from .masks import offset
+from .masks import offset, per_sequence_offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,7 @@ class Segment:
 
     first: int
     stop: int
+    backend: str
     mask: Mask  # evaluated at row indices counted from `first`
     block_mask: BlockMask | None  # None for the chunked backend, which has
     chunks: tuple[chunked.Chunk, ...]
@@ -61,7 +62,8 @@ def plan(
     """Turns a mask into what a backend runs.
 
     Where a few rows see much more than the others and are known from Python integers (`rows_from(int)`), the
-    query range is split into several kernel calls, so that those rows do not widen the lists of all rows.
+    query range is split into several kernel calls, so that those rows do not widen the lists of all rows. In a plan
+    for flash, stretches of fewer than 128 rows, and masks with 0-d tensors, run on triton.
 
     Args:
         mask: the mask; query row i is evaluated at i + `q_offset`, key j at j.
@@ -100,7 +102,7 @@ def plan(
         parts = [(0, q_len, mask)]
         bounds = [_bounds(0, q_len, mask, q_offset, kv_len, device)]
     segments = tuple(
-        _flex_segment(*part, b, q_offset, kv_len, device, backend, needs_grad)
+        _flex_segment(*part, b, q_offset, kv_len, batch, device, backend, needs_grad)
         for part, b in zip(parts, bounds, strict=True)
     )
     return AttentionPlan(mask, backend, q_len, kv_len, segments, needs_grad)
@@ -132,7 +134,7 @@ def _chunked_segment(
     first: int, stop: int, mask: Mask, q_offset: int | Tensor, kv_len: int, device: torch.device
 ) -> Segment:
     local = offset(mask, q=q_offset + first)
-    return Segment(first, stop, local, None, chunked.chunks(local, stop - first, kv_len, device))
+    return Segment(first, stop, "chunked", local, None, chunked.chunks(local, stop - first, kv_len, device))
 
 
 def _flex_segment(
@@ -142,15 +144,21 @@ def _flex_segment(
     bounds: Bounds,
     q_offset: int | Tensor,
     kv_len: int,
+    batch: int | None,
     device: torch.device,
     backend: str,
     needs_grad: bool,
 ) -> Segment:
     q_len, shift = stop - first, q_offset + first
-    if backend == "flash" and not isinstance(shift, Tensor) and shift != 0:
-        # FLASH inlines captured Python integers, so one that varies between calls must be a tensor.
-        shift = torch.full((), shift, device=device, dtype=torch.int32)
-    local = offset(mask, q=shift)
+    shifted = isinstance(shift, Tensor) or shift != 0
+    if backend == "flash" and (q_len < BLOCK_SIZE or has_scalar_tensor(mask) or (shifted and batch is None)):
+        # FLASH has no split over keys, which few rows need, and reads captured tensors only at computed indices.
+        backend = "triton"
+    if backend == "flash" and shifted:
+        # FLASH inlines captured integers, so an offset that varies between calls is a tensor, one entry per sequence.
+        assert batch is not None
+        shift = torch.as_tensor(shift, dtype=torch.int32, device=device).expand(batch).contiguous()
+    local = offset(mask, q=shift) if backend != "flash" else per_sequence_offset(mask, shift)
     block_mask = layout(
         local,
         bounds,
@@ -167,4 +175,4 @@ def _flex_segment(
         # Symbolic integers in a mask_mod can break the compiled CPU kernel: inductor substitutes its own names in the
         # C++ text, and "ks2" also matches in "ks27" (torch 2.11 to 2.13, codegen/cpp_flex_attention_template.py).
         local = block_mask.mask_mod = with_tensors(local, device)
-    return Segment(first, stop, local, block_mask, ())
+    return Segment(first, stop, backend, local, block_mask, ())
