@@ -1,0 +1,90 @@
+"""The command line `swaa-flex`: one module per command, thin over the library."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from .. import recipes as named
+from .._version import __version__
+from ..errors import SWAAError
+from . import demo, doctor, show
+
+
+def main() -> None:
+    """The entry point of `swaa-flex`."""
+    app(prog_name="swaa-flex")
+
+
+class _Commands(TyperGroup):
+    """Says in one red line what went wrong on purpose; anything else is a bug and keeps its traceback."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        # Where people add it is at the end of the line that failed, behind the command.
+        if "--debug" in args:
+            args = ["--debug", *(arg for arg in args if arg != "--debug")]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has seen enough, which typer treats as such
+        except (SWAAError, ImportError, OSError) as error:
+            if ctx.params["debug"]:
+                raise
+            what, *where = str(error).splitlines() or [type(error).__name__]
+            console = Console(stderr=True, highlight=False)
+            console.print(Text(f"Error: {what}", style="bold red"), soft_wrap=True)
+            console.print(*(Text(line) for line in where), sep="\n", end="\n" if where else "", soft_wrap=True)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,  # with --debug, and for a bug, the traceback as Python prints it
+)
+
+# In the order of the help: a command is a function in a module of its own.
+app.command("demo")(demo.demo)
+app.command("show")(show.show)
+app.command("doctor")(doctor.doctor)
+
+
+@app.command("recipes")
+def recipes() -> None:
+    """List the recipes: the named configurations, and what each is for."""
+    widest = max(map(len, named.names()))
+    for name in named.names():
+        typer.echo(f"{name:{widest}}  {named.describe(name)}")
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"swaa-flex {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Sliding-window attention for models trained with full attention.
+
+    Start with a picture of what a recipe lets a prompt see, or of your own mask:
+
+      [bold]swaa-flex show balanced --len 20000[/]
+      [bold]swaa-flex show "causal & (window(64) | sinks(8))" --len 256[/]
+
+    Every command explains itself: [bold]swaa-flex show --help[/].
+    """
