@@ -1,0 +1,61 @@
+"""The code in the documentation runs.
+
+The python blocks of a page run in order and share their variables. An HTML comment on the line above a block takes
+it out, with the reason for the reader of the source: `<!-- not run: ... -->` for good, `<!-- slow: ... -->` from
+all but the tests marked as slow.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^(?:<!-- (?P<kept>not run|slow): \S.*? -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
+
+
+class Block(NamedTuple):
+    code: str
+    kept: str | None  # from which runs, if any
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = []
+    for match in BLOCK.finditer(text):
+        lines_above = text.count("\n", 0, match.start("code"))  # for tracebacks that point into the page
+        found.append(Block("\n" * lines_above + match["code"], match["kept"]))
+    return found
+
+
+def run(page: Path, *, slow: bool) -> None:
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for block in blocks(page):
+        if block.kept is None or (block.kept == "slow" and slow):
+            exec(compile(block.code, page, "exec"), namespace)
+
+
+def pages(kept: str | None) -> list[object]:
+    found = [page for page in PAGES if any(block.kept == kept for block in blocks(page))]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in found]
+
+
+@pytest.mark.parametrize("page", pages(None))
+def test_the_code_of_a_page_runs(page):
+    run(page, slow=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages("slow"))
+def test_the_slow_code_of_a_page_runs(page):
+    run(page, slow=True)
+
+
+def test_every_python_block_is_found():
+    """A comment that is spelled otherwise, or an indented block, would not run and nobody would notice."""
+    for page in PAGES:
+        text = page.read_text()
+        assert len(blocks(page)) == text.count("```py"), page
+        assert len(re.findall(r"^<!-- (?:not run|slow)", text, re.M)) == sum(b.kept is not None for b in blocks(page))
