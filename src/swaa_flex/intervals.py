@@ -229,8 +229,10 @@ def _merge_ends(left: tuple[Linear, ...], right: tuple[Linear, ...], larger: boo
             at += 1
         if at == len(merged):
             merged.append(end)
-        elif (end.offset > merged[at].offset) == larger:
-            merged[at] = end
+        elif larger:
+            merged[at] = Linear(end.symbols, max(end.offset, merged[at].offset))
+        else:
+            merged[at] = Linear(end.symbols, min(end.offset, merged[at].offset))
     return tuple(merged)
 
 

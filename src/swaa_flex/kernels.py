@@ -135,8 +135,9 @@ def _flex(
         )
     outs, lses = [], []
     for segment in ready.segments:
-        rows = query if len(ready.segments) == 1 else query[:, :, segment.first : segment.stop]
-        part, part_lse = _call(rows, key, value, segment, scale, softcap, needs_lse)
+        is_slice = len(ready.segments) > 1
+        rows = query[:, :, segment.first : segment.stop] if is_slice else query
+        part, part_lse = _call(rows, key, value, segment, is_slice, scale, softcap, needs_lse)
         outs.append(part)
         if part_lse is not None:
             lses.append(part_lse / math.log(2) if segment.backend == "flash" and _flash_lse_is_scaled() else part_lse)
@@ -156,12 +157,13 @@ def _call(
     key: Tensor,
     value: Tensor,
     segment: Segment,
+    is_slice: bool,
     scale: float,
     softcap: float | None,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     backend = segment.backend
-    options = _kernel_options(query, key, segment)
+    options = _kernel_options(query, key, segment, is_slice)
     block_mask = segment.block_mask
     assert block_mask is not None
     if torch.compiler.is_compiling():
@@ -227,19 +229,19 @@ def _mask_kind(mask: Mask, backend: str) -> Any:
     return (mask.structure, mask) if backend == "flash" else mask.structure
 
 
-def _kernel_options(query: Tensor, key: Tensor, segment: Segment) -> dict[str, Any] | None:
+def _kernel_options(query: Tensor, key: Tensor, segment: Segment, is_slice: bool) -> dict[str, Any] | None:
     if segment.backend == "cpp":
         return None
     if segment.backend == "flash":
         return {"BACKEND": "FLASH"}
-    # The decode kernel holds all rows of a kv head's group in one tile, which must divide the sparse block.
+    # The decode kernel holds all rows of a kv head's group in one tile, which must divide the sparse block. It gives
+    # wrong results for a few rows cut out of a longer query (seen with torch 2.11 on an H200).
     group = query.shape[1] // key.shape[1]
-    rows = query.shape[2] * group
     block_mask = segment.block_mask
     assert block_mask is not None
-    power_of_two = group & (group - 1) == 0
-    decode = block_mask.full_kv_num_blocks is None and rows <= 64 and power_of_two
-    return {"BACKEND": "TRITON_DECODE" if decode and block_mask.kv_indices.shape[1] == 1 else "TRITON"}
+    fits = query.shape[2] * group <= 64 and group & (group - 1) == 0
+    decode = fits and not is_slice and block_mask.full_kv_num_blocks is None and block_mask.kv_indices.shape[1] == 1
+    return {"BACKEND": "TRITON_DECODE" if decode else "TRITON"}
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -98,7 +98,9 @@ def plan(
         return AttentionPlan(mask, backend, q_len, kv_len, segments, needs_grad)
     bounds = [_bounds(*part, q_offset, kv_len, device) for part in parts]
     widths = [list_width(b, kv_len) for b in bounds]
-    if min(widths) == max(widths) and len(parts) > 1:  # no list would become shorter
+    # Where no list would become shorter, one call is better; but a compiled graph keeps the stretches, whose masks
+    # hold no symbolic row numbers: capturing those fails in torch 2.11's lowering of flex_attention.
+    if min(widths) == max(widths) and len(parts) > 1 and not torch.compiler.is_compiling():
         parts = [(0, q_len, mask)]
         bounds = [_bounds(0, q_len, mask, q_offset, kv_len, device)]
     segments = tuple(
@@ -157,7 +159,11 @@ def _flex_segment(
     if backend == "flash" and shifted:
         # FLASH inlines captured integers, so an offset that varies between calls is a tensor, one entry per sequence.
         assert batch is not None
-        shift = torch.as_tensor(shift, dtype=torch.int32, device=device).expand(batch).contiguous()
+        if not isinstance(shift, Tensor):
+            shift = torch.full((), shift, dtype=torch.int32, device=device)
+        shift = shift.to(torch.int32).expand(batch).contiguous()
+    elif backend == "triton" and shifted and not isinstance(shift, Tensor) and torch.compiler.is_compiling():
+        shift = _row_tensor(shift, device)  # may be symbolic: see `plan`
     local = offset(mask, q=shift) if backend != "flash" else per_sequence_offset(mask, shift)
     block_mask = layout(
         local,
@@ -176,3 +182,7 @@ def _flex_segment(
         # C++ text, and "ks2" also matches in "ks27" (torch 2.11 to 2.13, codegen/cpp_flex_attention_template.py).
         local = block_mask.mask_mod = with_tensors(local, device)
     return Segment(first, stop, backend, local, block_mask, ())
+
+
+def _row_tensor(row: int, device: torch.device) -> Tensor:
+    return torch.full((), row, dtype=torch.int32, device=device)

@@ -217,12 +217,13 @@ class ForwardMask(BlockMask):
                 heads=query.shape[1],
                 device=self.device,
                 backend=backend,
+                q_offset=self.q_offset,
                 needs_grad=needs_grad,
             )
         return self.plans[variant]
 
     def _mask(self, inner: Mask | None, dense: Mask | None, position_ids: Tensor | None) -> Mask:
-        """What the model allows, restricted to `inner` except in `dense` rows, at this forward's rows and keys.
+        """What the model allows, restricted to `inner` except in `dense` rows, at rows of the cache and stored keys.
 
         Args:
             inner: evaluated in each sequence's own positions; None for everything.
@@ -239,7 +240,7 @@ class ForwardMask(BlockMask):
             mask = self._in_sequence(native, position_ids) & (self._in_sequence(inner, position_ids) | dense)
         if not known:
             mask = mask & from_mask_mod(self.mask_function)
-        return offset(mask, q=self.q_offset, kv=self.kv_offset)
+        return offset(mask, kv=self.kv_offset)
 
     def _in_sequence(self, mask: Mask, position_ids: Tensor | None) -> Mask:
         """`mask` in each sequence's own positions."""
