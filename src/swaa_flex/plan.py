@@ -35,7 +35,7 @@ class AttentionPlan:
     Made by `plan`; all layers with the same mask and lengths share one.
     """
 
-    mask: Mask
+    mask: Mask  # at the rows of the query, offset included
     backend: str
     q_len: int
     kv_len: int
@@ -92,10 +92,11 @@ def plan(
     check_sizes(mask, q_len, kv_len, batch, heads)
     device = torch.device(device)
     backend = backends.resolve(backend, device, q_len=q_len, needs_grad=needs_grad)
+    local = offset(mask, q=q_offset)
     parts = _split(mask, q_len, q_offset)
     if backend == "chunked":
         segments = tuple(_chunked_segment(*part, q_offset, kv_len, device) for part in parts)
-        return AttentionPlan(mask, backend, q_len, kv_len, segments, needs_grad)
+        return AttentionPlan(local, backend, q_len, kv_len, segments, needs_grad)
     bounds = [_bounds(*part, q_offset, kv_len, device) for part in parts]
     widths = [list_width(b, kv_len) for b in bounds]
     # Where no list would become shorter, one call is better; but a compiled graph keeps the stretches, whose masks
@@ -107,7 +108,7 @@ def plan(
         _flex_segment(*part, b, q_offset, kv_len, batch, device, backend, needs_grad)
         for part, b in zip(parts, bounds, strict=True)
     )
-    return AttentionPlan(mask, backend, q_len, kv_len, segments, needs_grad)
+    return AttentionPlan(local, backend, q_len, kv_len, segments, needs_grad)
 
 
 Part = tuple[int, int, Mask]
