@@ -46,7 +46,7 @@ def demo(
     attention changes. Each prompt hides a number, out of reach of every window,
     and asks for it at the end. The recipes are for long texts, so their windows
     and sinks are scaled down to the short prompts. Takes about two minutes on
-    two CPU cores.
+    two idle CPU cores.
 
     [bold]Examples[/]
 
