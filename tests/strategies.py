@@ -37,7 +37,7 @@ def compositions(draw: st.DrawFn, length: int, depth: int = 3) -> Mask:
 
     kinds = ["causal", "window", "sinks", "rows_from", "rows_per_sequence", "rows_where", "documents", "function"]
     if depth > 0:
-        kinds += ["and", "and", "or", "or", "not", "heads", "offset", "packed", "left_padded", "kv_positions"]
+        kinds += ["and", "and", "or", "or", "not", "heads", "offset", "packed", "left_padded", "kv_positions", "sinks_and_tail"]
     kind = draw(st.sampled_from(kinds))
     part = compositions(length, depth - 1)
     match kind:
@@ -72,6 +72,14 @@ def compositions(draw: st.DrawFn, length: int, depth: int = 3) -> Mask:
             return M.packed(draw(part), document_ids=contiguous_ids(length, draw(cuts)))
         case "left_padded":
             return M.left_padded(draw(part), padding())
+        case "sinks_and_tail":
+            start, first = draw(sizes), draw(st.lists(st.integers(0, length), min_size=BATCH, max_size=BATCH))
+            return M.sinks_and_tail(
+                draw(part),
+                draw(st.integers(0, 20)),
+                start=torch.tensor(start) if draw(st.booleans()) else start,
+                first=torch.tensor(first) if draw(st.booleans()) else first[0],
+            )
         case _:
             order = torch.randperm(length) - draw(st.integers(0, 3))
             return M.kv_positions(draw(st.sampled_from([M.causal(), M.window(40), M.sinks(9)])), order.clamp(min=-1))

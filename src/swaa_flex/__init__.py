@@ -6,7 +6,7 @@ from .algebra import Mask
 from .block_mask import build_block_mask
 from .config import SWAAConfig
 from .errors import BackendUnavailableError, ConfigError, MaskError, UnsupportedModelError
-from .hf import adapt, prompt, restore
+from .hf import SWAACache, adapt, prompt, restore
 from .kernels import attention
 from .plan import AttentionPlan, plan
 
@@ -16,6 +16,7 @@ __all__ = [
     "ConfigError",
     "Mask",
     "MaskError",
+    "SWAACache",
     "SWAAConfig",
     "UnsupportedModelError",
     "__version__",

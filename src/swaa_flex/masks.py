@@ -24,7 +24,16 @@ from . import intervals
 from .algebra import Everything, Mask, MaskMod, brief, describe, negated
 from .errors import MaskError
 from .intervals import EVERYTHING, NOTHING, Bounds, Interval, Linear, Rows, symbolic
-from .sequences import Documents, DocumentTable, KvPositions, Packed, Padded, RowsWhere, drop_single_batch
+from .sequences import (
+    Documents,
+    DocumentTable,
+    KvPositions,
+    Packed,
+    Padded,
+    RowsWhere,
+    SinksAndTail,
+    drop_single_batch,
+)
 
 __all__ = [
     "Mask",
@@ -40,6 +49,7 @@ __all__ = [
     "rows_from",
     "rows_where",
     "sinks",
+    "sinks_and_tail",
     "window",
 ]
 
@@ -183,6 +193,27 @@ def kv_positions(mask: Mask, positions: Tensor) -> Mask:
     return KvPositions(mask, positions, drop_single_batch(positions))
 
 
+def sinks_and_tail(mask: Mask, sink_slots: int, *, start: int | Tensor, first: int | Tensor = 0) -> Mask:
+    """`mask` for a cache that keeps the first keys of a sequence and its last ones, and has released those between.
+
+    Slot s below `sink_slots` holds key `first + s`, the slots after them the keys `start`, `start + 1`, and so on. A
+    sink slot whose key lies at or after `start` is empty: its key is in the tail.
+
+    Args:
+        mask: evaluated at the keys' own indices.
+        sink_slots: how many slots hold first keys.
+        start: the first key of the tail, an int or a 0-d integer tensor.
+        first: the first key of each sequence (not 0 where it is padded on the left), an int or a tensor `[batch]`.
+
+    >>> sinks_and_tail(causal() & window(64), 4, start=900)
+    sinks_and_tail(causal & window(64), 4, start=900, first=0)
+    """
+    for name, value, dims in (("start", start, (0,)), ("first", first, (0, 1))):
+        if isinstance(value, Tensor) and (value.dim() not in dims or value.is_floating_point()):
+            raise MaskError(f"sinks_and_tail: {name} is an int or an integer tensor, not {describe(value)}")
+    return SinksAndTail(mask, _checked_int("sinks_and_tail", sink_slots, 0), start, first)
+
+
 def packed(mask: Mask, *, document_ids: Tensor | None = None, position_ids: Tensor | None = None) -> Mask:
     """`mask` in each document's own positions: windows and sinks start again at its first token.
 
@@ -220,11 +251,14 @@ def left_padded(mask: Mask, attention_mask: Tensor) -> Mask:
     """
     if attention_mask.dim() not in (1, 2):
         raise MaskError(f"left_padded takes an attention mask [batch, kv_len], not {describe(attention_mask)}")
-    real = drop_single_batch(attention_mask).bool()
-    length = real.shape[-1]
+    return Padded(mask, attention_mask, *sequence_ends(drop_single_batch(attention_mask)))
+
+
+def sequence_ends(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the first real token of each sequence, and one past its last (0 without real tokens)."""
+    real = attention_mask.bool()
     first = real.int().argmax(-1)
-    stop = length - real.flip(-1).int().argmax(-1)
-    stop = torch.where(real.any(-1), stop, 0)
+    stop = torch.where(real.any(-1), real.shape[-1] - real.flip(-1).int().argmax(-1), 0)
     if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
         gaps = (stop - first != real.sum(-1)) & real.any(-1)
         if bool(gaps.any()):
@@ -233,7 +267,12 @@ def left_padded(mask: Mask, attention_mask: Tensor) -> Mask:
                 f"attention_mask has pads between real tokens in sequence {row}; expected padding at the ends "
                 "only: move the pads to the left of each sequence"
             )
-    return Padded(mask, attention_mask, first, stop)
+    return first, stop
+
+
+def in_sequences(mask: Mask, first: Tensor, stop: Tensor) -> Mask:
+    """`left_padded` of sequences that are known by their ends, `[batch]`."""
+    return Padded(mask, first, first, stop)
 
 
 # --- implementations ---------------------------------------------------------------------------------------

@@ -157,6 +157,44 @@ class Padded(Mask):
         return f"left_padded({self.mask!r}, {brief(self.source)})"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class SinksAndTail(Mask):
+    """See `masks.sinks_and_tail`."""
+
+    mask: Mask
+    sink_slots: int
+    start: int | Tensor
+    first: int | Tensor
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        first = self.first[b] if isinstance(self.first, Tensor) and self.first.dim() == 1 else self.first
+        in_tail = kv_idx >= self.sink_slots
+        column = kv_idx + torch.where(in_tail, self.start - self.sink_slots, first)
+        return (in_tail | (column < self.start)) & self.mask(b, h, q_idx, column)
+
+    def bounds(self, rows: Rows) -> Bounds:
+        first, start = self.first, symbolic(self.start)
+        begin = symbolic(first[:, None, None] if isinstance(first, Tensor) and first.dim() == 1 else first)
+        own = self.mask.bounds(rows)
+        sinks = own.clip(Interval((begin,), (begin.plus(self.sink_slots), start))).shift(Linear().minus(begin))
+        tail = own.clip(Interval((start,))).shift(Linear(offset=self.sink_slots).minus(start))
+        return intervals.union(sinks, tail)
+
+    def for_rows(self, first: int, last: int) -> Mask:
+        return SinksAndTail(self.mask.for_rows(first, last), self.sink_slots, self.start, self.first)
+
+    def row_breaks(self) -> tuple[int, ...]:
+        return self.mask.row_breaks()
+
+    @property
+    def batch_size(self) -> int | None:
+        first = self.first
+        return first.shape[0] if isinstance(first, Tensor) and first.dim() == 1 else self.mask.batch_size
+
+    def __repr__(self) -> str:
+        return f"sinks_and_tail({self.mask!r}, {self.sink_slots}, start={brief(self.start)}, first={brief(self.first)})"
+
+
 @dataclass(frozen=True, eq=False)
 class DocumentTable:
     """Per token: the number, the first token and the end of its document, each `[len]` or `[batch, len]`."""

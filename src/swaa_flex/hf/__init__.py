@@ -5,6 +5,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from . import config as config
 from .adapt import adapt, restore
 from .attention import attention_forward
+from .cache import SWAACache
 from .mask import make_forward_mask
 from .prompt import prompt
 
@@ -13,4 +14,4 @@ NAME = "swaa_flex"
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, make_forward_mask)
 
-__all__ = ["NAME", "adapt", "prompt", "restore"]
+__all__ = ["NAME", "SWAACache", "adapt", "prompt", "restore"]

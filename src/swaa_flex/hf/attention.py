@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..kernels import attention
+from .cache import stored
 from .mask import ForwardMask
-from .prompt import prompt_info
 
 
 def attention_forward(
@@ -77,16 +77,22 @@ def attention_forward(
             "swaa_flex makes its masks itself: pass attention_mask as [batch, len] (or not at all) instead of "
             f"{'a mask per pair' if attention_mask is not None else 'calling attention without a mask'}"
         )
+    source = stored(key)
+    mask = attention_mask.to(query.device)
+    info = mask.prompt_info(prompt_lengths, decode_rows, source)
     tensors = (query, key, value) if s_aux is None else (query, key, value, s_aux)
-    ready = attention_mask.to(query.device).plan_for(
+    ready = mask.plan_for(
         module,
         query,
         key,
         value,
-        info=prompt_info(prompt_lengths, decode_rows),
+        info=info,
+        source=source,
         position_ids=position_ids,
         needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
     )
     result = attention(query, key, value, ready, scale=scaling, softcap=softcap, sink_logits=s_aux)
     assert isinstance(result, Tensor)
+    if source is not None:
+        mask.after_attention(source, key, value, info)
     return result.transpose(1, 2).contiguous(), None

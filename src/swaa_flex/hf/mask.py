@@ -26,17 +26,21 @@ from ..masks import (
     causal,
     everything,
     from_mask_mod,
-    left_padded,
+    in_sequences,
+    kv_positions,
     offset,
     packed,
     rows_from,
     rows_where,
+    sequence_ends,
     sinks,
+    sinks_and_tail,
     window,
 )
 from ..plan import AttentionPlan, plan
+from .cache import Stored, ring_columns
 from .config import swaa_of
-from .prompt import PromptInfo
+from .prompt import PromptInfo, surrounding_prompt
 
 # Functions of transformers.masking_utils from which plain causal, sliding and packed masks are put together.
 _KNOWN_PARTS = {
@@ -84,7 +88,9 @@ def make_forward_mask(
         native=native,
         mask_function=mask_function,
         is_packed=is_packed,
-        attention_mask=attention_mask,
+        ends=None if attention_mask is None else sequence_ends(attention_mask),
+        seen=0 if attention_mask is None else attention_mask.shape[-1],
+        info=surrounding_prompt(),
         device=torch.device(device),
     )
 
@@ -121,7 +127,9 @@ class ForwardMask(BlockMask):
         native: Mask | None,
         mask_function: Callable[..., Any],
         is_packed: bool,
-        attention_mask: Tensor | None,
+        ends: tuple[Tensor, Tensor] | None,
+        seen: int,
+        info: PromptInfo,
         device: torch.device,
     ) -> None:
         self.config = config
@@ -131,11 +139,15 @@ class ForwardMask(BlockMask):
         self.native = native  # the model's own restriction, None if only `mask_function` knows it
         self.mask_function = mask_function
         self.is_packed = is_packed
-        self.attention_mask = attention_mask
+        # Of the padding mask only where each sequence begins and ends: unlike itself, that has one shape at every step.
+        self.ends = ends
+        self.seen = seen  # its length
+        self.info = info
+        self.known: PromptInfo | None = None
         self.device = device
         self.plans: dict[Any, AttentionPlan] = {}
         self.moved: dict[torch.device, ForwardMask] = {}
-        self.padding: tuple[bool, bool] | None = None
+        self.read: dict[str, Any] = {}  # what was read from the device
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -161,7 +173,9 @@ class ForwardMask(BlockMask):
                 native=self.native,
                 mask_function=self.mask_function,
                 is_packed=self.is_packed,
-                attention_mask=None if self.attention_mask is None else self.attention_mask.to(device),
+                ends=None if self.ends is None else (self.ends[0].to(device), self.ends[1].to(device)),
+                seen=self.seen,
+                info=self.info,
                 device=device,
             )
         return self.moved[device]
@@ -170,6 +184,20 @@ class ForwardMask(BlockMask):
         """Itself; `generate` calls it on what it hands to a compiled forward."""
         return self
 
+    def prompt_info(
+        self,
+        lengths: int | list[int] | Tensor | None,
+        decode_rows: Tensor | None,
+        source: Stored | None,
+    ) -> PromptInfo:
+        """Where prompts end: what the keywords of the forward say, else the surrounding `prompt`, else the cache."""
+        if self.known is None:
+            known = self.info.updated(lengths, decode_rows)
+            if not known.says_where and source is not None:
+                known = known.updated(source.cache.prompt_lengths, None)
+            self.known = known
+        return self.known
+
     def plan_for(
         self,
         module: nn.Module,
@@ -177,10 +205,22 @@ class ForwardMask(BlockMask):
         key: Tensor,
         value: Tensor,
         info: PromptInfo,
+        source: Stored | None,
         position_ids: Tensor | None,
         needs_grad: bool,
     ) -> AttentionPlan:
-        """The plan for a layer, made at the first layer of its kind."""
+        """The plan for a layer, made at the first layer of its kind.
+
+        Args:
+            module: the attention module, which says which layer it is.
+            query: `[batch, heads, q_len, head_dim]`.
+            key: `[batch, kv_heads, kv_len, head_dim]`.
+            value: likewise.
+            info: what is known about prompt and decode rows.
+            source: where in a `SWAACache` the keys come from, None if from elsewhere.
+            position_ids: of this forward, for packed rows.
+            needs_grad: whether the backward pass will run.
+        """
         config = swaa_of(self.config)
         layer = module.layer_idx
         if not isinstance(layer, int):
@@ -189,18 +229,30 @@ class ForwardMask(BlockMask):
         variant = (kind, needs_grad)
         if variant not in self.plans:
             batch, _, q_len, kv_len = self.sizes
-            if key.shape[2] != kv_len:
+            released = source is not None and (source.ring or source.sink_slots > 0)
+            if key.shape[2] != kv_len and not (released or (source is not None and self.kv_offset == 0)):
                 raise MaskError(
                     f"layer {layer} attends to {key.shape[2]} keys and the mask is for {kv_len}; the layers of "
                     "the cache must be as long as it announces"
                 )
+            if source is not None:
+                source.cache.check(self.config)
+            first, stop = self._ends(source)
             if kind.full or config.sliding_window is None:
-                mask = self._mask(None, None, position_ids)
+                mask = self._mask(None, None, position_ids, first, stop)
             else:
                 near = window(config.sliding_window) | sinks(config.sink_tokens)
                 tail = config.dense_tail if info.dense_tail is None else info.dense_tail
-                inner, dense = self._rows(near, tail, kind.full_attention_decode, info, module)
-                mask = self._mask(inner, dense, position_ids)
+                inner, dense = self._rows(near, tail, kind.full_attention_decode, info, module, stop)
+                mask = self._mask(inner, dense, position_ids, first, stop)
+            if source is not None and source.ring:
+                begin = 0 if first is None else first
+                columns = ring_columns(self.q_offset + 1, begin, config.sink_tokens, key.shape[2] - config.sink_tokens)
+                mask = kv_positions(mask, columns)
+            elif source is not None and source.sink_slots:
+                mask = sinks_and_tail(mask, source.sink_slots, start=source.start, first=0 if first is None else first)
+            else:
+                mask = offset(mask, kv=self.kv_offset)
             backend = backends.resolve(
                 config.backend,
                 self.device,
@@ -212,7 +264,7 @@ class ForwardMask(BlockMask):
             self.plans[variant] = plan(
                 mask,
                 q_len,
-                kv_len,
+                key.shape[2],
                 batch=batch,
                 heads=query.shape[1],
                 device=self.device,
@@ -222,43 +274,84 @@ class ForwardMask(BlockMask):
             )
         return self.plans[variant]
 
-    def _mask(self, inner: Mask | None, dense: Mask | None, position_ids: Tensor | None) -> Mask:
-        """What the model allows, restricted to `inner` except in `dense` rows, at rows of the cache and stored keys.
+    def after_attention(self, source: Stored, key: Tensor, value: Tensor, info: PromptInfo) -> None:
+        """Lets the cache release what no later row can see."""
+        if not source.releases:
+            return
+        config = swaa_of(self.config)
+        tail = config.dense_tail if info.dense_tail is None else info.dense_tail
+        first = self._ends(source)[0]
+        source.release(key, value, first, info.says_where, self._decoding(info, tail, first))
+
+    def _decoding(self, info: PromptInfo, tail: int, first: Tensor | None) -> bool:
+        """Whether no row of a prompt is to come that sees more than sinks and window: all sequences are decoding."""
+        _, _, q_len, _ = self.sizes
+        if tail == 0:
+            return True
+        if not info.says_where:
+            return q_len == 1 and (isinstance(self.q_offset, Tensor) or self.q_offset > 0)
+        if torch.compiler.is_compiling():
+            return False  # unknown without a synchronisation; keeping the keys is always right
+        if "decoding" not in self.read:
+            if info.decode_rows is not None:
+                begun: Tensor | bool = info.decode_rows.any(-1).all()
+            else:
+                assert info.lengths is not None
+                ends = info.lengths if first is None else first + torch.as_tensor(info.lengths, device=first.device)
+                begun = torch.as_tensor(ends < self.q_offset + q_len).all()
+            self.read["decoding"] = bool(begun)
+        return bool(self.read["decoding"])
+
+    def _mask(
+        self,
+        inner: Mask | None,
+        dense: Mask | None,
+        position_ids: Tensor | None,
+        first: Tensor | None,
+        stop: Tensor | None,
+    ) -> Mask:
+        """What the model allows, restricted to `inner` except in `dense` rows, at columns of the cache.
 
         Args:
             inner: evaluated in each sequence's own positions; None for everything.
-            dense: evaluated at rows of the cache, pads included; None for none.
+            dense: evaluated at columns, pads included; None for none.
             position_ids: of this forward, for packed rows.
+            first: column of each sequence's first token, None without pads.
+            stop: one past each sequence's last column.
         """
         native, known = self.native, True
         if native is None or (self.is_packed and position_ids is None):
             native, known = everything(), False
+
+        def in_own_positions(mask: Mask) -> Mask:
+            if self.is_packed and position_ids is not None:
+                batched = position_ids.shape[0] in (1, self.sizes[0])
+                return packed(mask, position_ids=position_ids if batched else position_ids.expand(self.sizes[0], -1))
+            return mask if first is None or stop is None else in_sequences(mask, first, stop)
+
         if dense is None:
-            mask = self._in_sequence(native if inner is None else native & inner, position_ids)
+            mask = in_own_positions(native if inner is None else native & inner)
         else:
             assert inner is not None
-            mask = self._in_sequence(native, position_ids) & (self._in_sequence(inner, position_ids) | dense)
-        if not known:
-            mask = mask & from_mask_mod(self.mask_function)
-        return offset(mask, kv=self.kv_offset)
-
-    def _in_sequence(self, mask: Mask, position_ids: Tensor | None) -> Mask:
-        """`mask` in each sequence's own positions."""
-        if self.is_packed and position_ids is not None:
-            batched = position_ids.shape[0] in (1, self.sizes[0])
-            return packed(mask, position_ids=position_ids if batched else position_ids.expand(self.sizes[0], -1))
-        if self.has_pads:
-            assert self.attention_mask is not None
-            return left_padded(mask, self.attention_mask)
-        return mask
+            mask = in_own_positions(native) & (in_own_positions(inner) | dense)
+        return mask if known else mask & from_mask_mod(self.mask_function)
 
     def _rows(
-        self, near: Mask, tail: int, decode_is_full: bool, info: PromptInfo, module: nn.Module
+        self,
+        near: Mask,
+        tail: int,
+        decode_is_full: bool,
+        info: PromptInfo,
+        module: nn.Module,
+        stop: Tensor | None,
     ) -> tuple[Mask | None, Mask | None]:
         """What rows see in their own positions, and the rows of the cache that see everything."""
         batch, _, q_len, _ = self.sizes
         if info.lengths is not None:
             lengths = info.lengths
+            if isinstance(self.q_offset, Tensor) and not isinstance(lengths, Tensor):
+                # Nothing is split at a row of unknown offset, and compiled code would be made again for each number.
+                lengths = torch.full((1,), lengths, device=self.device)
             if isinstance(lengths, Tensor):
                 lengths = lengths.to(self.device)
                 if lengths.numel() not in (1, batch):
@@ -273,7 +366,7 @@ class ForwardMask(BlockMask):
             flags = info.decode_rows.to(self.device)
             if tuple(flags.shape) != (batch, q_len):
                 raise MaskError(f"decode_rows: expected [{batch}, {q_len}], got {list(flags.shape)}")
-            dense_rows = self._tails(flags, tail)
+            dense_rows = self._tails(flags, tail, stop)
             dense_rows = dense_rows | flags if decode_is_full else dense_rows & ~flags
             return near, offset(rows_where(dense_rows), q=-self.q_offset)
         if q_len == 1:
@@ -282,48 +375,40 @@ class ForwardMask(BlockMask):
         if tail == 0:
             return near, None
         self._warn_of_chunks(module)
-        if self.right_padded:
-            return near, rows_from(self._stop() - tail)
+        if stop is not None and self._padding()[1]:
+            return near, rows_from(stop - tail)
         return near, rows_from(self.q_offset + q_len - tail)
 
-    def _tails(self, decode_rows: Tensor, tail: int) -> Tensor:
+    def _tails(self, decode_rows: Tensor, tail: int, stop: Tensor | None) -> Tensor:
         """Rows among the last `tail` ones before an answer or before the end of their sequence, [batch, q_len]."""
         batch, q_len = decode_rows.shape
         answers = decode_rows & ~F.pad(decode_rows, (1, 0))[:, :-1]
         index = torch.arange(q_len + 1, device=self.device)
-        end = q_len if self.attention_mask is None else (self._stop() - self.q_offset).clamp(0, q_len)[:, None]
+        end = q_len if stop is None else (stop - self.q_offset).clamp(0, q_len)[:, None]
         starts = (F.pad(answers, (0, 1)) | (index == end)).expand(batch, -1)
         passed = F.pad(starts.cumsum(-1), (1, 0))  # starts before each row
         rows = index[:-1]
         return passed[:, (rows + tail).clamp(max=q_len) + 1] > passed[:, rows + 1]
 
-    def _stop(self) -> Tensor:
-        """One past the last real token of each sequence, [batch]."""
-        assert self.attention_mask is not None
-        length = self.attention_mask.shape[-1]
-        return length - self.attention_mask.flip(-1).int().argmax(-1)
-
-    @property
-    def has_pads(self) -> bool:
-        """Whether to expect pads."""
-        return self._padding()[0]
-
-    @property
-    def right_padded(self) -> bool:
-        """Whether sequences may end before the last row of the forward."""
-        return self._padding()[1]
+    def _ends(self, source: Stored | None) -> tuple[Tensor | None, Tensor | None]:
+        """First column and one past the last column of each sequence `[batch]`, or None without pads."""
+        if self.ends is not None:
+            return self.ends if any(self._padding()) else (None, None)
+        first = None if source is None else source.cache.first
+        if first is None:
+            return None, None
+        first = first.to(self.device)
+        return first, torch.full_like(first, 1 << 30)
 
     def _padding(self) -> tuple[bool, bool]:
-        """Reads the padding mask once, where reading is free or long prompts repay it; otherwise expects the worst."""
-        if self.padding is None:
-            if self.attention_mask is None:
-                self.padding = False, False
-            elif not self._may_read():
-                self.padding = True, True
-            else:
-                real = torch.stack([self.attention_mask.all(), self.attention_mask[:, -1].all()]).tolist()
-                self.padding = not real[0], not real[1]
-        return self.padding
+        """Whether there are left and right pads: read where that is free or long prompts repay it, else expected."""
+        assert self.ends is not None
+        if not self._may_read():
+            return True, True
+        if "padding" not in self.read:
+            pads = torch.stack([self.ends[0].amax() > 0, self.ends[1].amin() < self.seen]).tolist()
+            self.read["padding"] = pads[0], pads[1]
+        return self.read["padding"]
 
     def _may_read(self) -> bool:
         if torch.compiler.is_compiling():

@@ -21,6 +21,17 @@ class PromptInfo:
     decode_rows: Tensor | None = None
     dense_tail: int | None = None
 
+    def updated(self, lengths: int | Sequence[int] | Tensor | None, decode_rows: Tensor | None) -> PromptInfo:
+        """The same, overruled by what the keywords of a forward say."""
+        if lengths is None and decode_rows is None:
+            return self
+        return PromptInfo(*_checked(lengths, decode_rows), self.dense_tail)
+
+    @property
+    def says_where(self) -> bool:
+        """Whether it says where prompts end."""
+        return self.lengths is not None or self.decode_rows is not None
+
 
 NOTHING_KNOWN = PromptInfo()
 
@@ -68,11 +79,18 @@ def prompt(
         _active.info = before
 
 
-def prompt_info(lengths: int | Sequence[int] | Tensor | None, decode_rows: Tensor | None) -> PromptInfo:
-    """What the keywords of a forward say, else what the surrounding `prompt` says."""
-    if lengths is None and decode_rows is None:
-        return _active.info
-    return PromptInfo(*_checked(lengths, decode_rows), _active.info.dense_tail)
+def surrounding_prompt() -> PromptInfo:
+    """What the surrounding `prompt` says."""
+    return _active.info
+
+
+def checked_lengths(lengths: int | Sequence[int] | Tensor | None) -> int | Tensor | None:
+    """Prompt lengths as one int or a tensor `[batch]`, or None.
+
+    Raises:
+        MaskError: if they are no whole numbers.
+    """
+    return _checked(lengths, None)[0]
 
 
 def _checked(

@@ -1,0 +1,498 @@
+"""`SWAACache`: a key-value cache that releases what no later row can see.
+
+Full layers, and layers with full-attention decode, keep every key. Every other sliding-window layer keeps the sinks of
+each sequence and its last `sliding_window` tokens. Columns count the tokens of the batch from the start of the cache,
+left pads included; the attention mask of a layer learns from `Stored` which column lies in which slot.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+
+from ..errors import ConfigError
+from .config import swaa_of
+from .prompt import checked_lengths
+
+
+class SWAACache(Cache):
+    """A key-value cache for a model under sliding-window attention.
+
+    Hand it to a forward or to `generate` as `past_key_values`. It grows with the sequence, or with `max_length` has a
+    fixed size, as compiled forwards need it. Models whose own layers slide keep transformers' layers for those.
+
+    A sliding-window layer without full-attention decode releases keys after every forward if the recipe has no
+    dense tail, otherwise when decode rows arrive (the tail of a prompt sees the whole prompt). It then holds
+    `sink_tokens + sliding_window - 1 + slack` tokens (`sink_tokens + sliding_window` with `max_length`). `memory` says
+    how many bytes that is. Later rows cannot see what was released.
+
+    Args:
+        config: the model's configuration, with the recipe in `config.swaa`.
+        max_length: the most tokens per sequence, pads included, for a cache of fixed size; None for one that grows.
+        prompt_lengths: tokens of each prompt without pads, as in `swaa_flex.prompt`; may be set again before a
+            second user turn.
+        attention_mask: `[batch, len]` of the prompt, 0 for left pads, for forwards that are not given one.
+        slack: tokens that released layers hold beyond the window, so that `crop` can take back that many. (Assisted
+            generation needs none: it asks layers to hold what it may take back.)
+        offloading: keep layers on the CPU while others compute, as transformers' offloaded caches do.
+
+    Raises:
+        ConfigError: if an argument makes no sense, or the recipe does not fit the model.
+
+    Examples:
+        >>> from transformers import LlamaConfig
+        >>> size = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+        >>> cache = SWAACache(LlamaConfig(**size, swaa="throughput"))
+        >>> cache.memory()
+        {'full': 0, 'window': 0, 'native': 0, 'total': 0}
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        *,
+        max_length: int | None = None,
+        prompt_lengths: int | Sequence[int] | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        slack: int = 0,
+        offloading: bool = False,
+    ) -> None:
+        for name, number, least in (("max_length", max_length, 1), ("slack", slack, 0)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
+                raise ConfigError(f"{name}={number!r}: expected a number of tokens, at least {least}")
+        self.config = config = config.get_text_config(decoder=True)
+        self.swaa = swaa = swaa_of(config)
+        self.max_length = max_length
+        self.prompt_lengths = prompt_lengths
+        self.first: Tensor | None = None
+        if attention_mask is not None:
+            self.first = attention_mask.bool().int().argmax(-1)
+        kinds = swaa.resolve(config.num_hidden_layers)
+        stock = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
+        layers: list[Any] = list(stock.layers)
+        for index, layer in enumerate(layers):
+            releases = not kinds[index].full_attention_decode and swaa.sliding_window is not None
+            if not releases or type(layer) not in (DynamicLayer, StaticLayer):
+                continue
+            assert swaa.sliding_window is not None
+            size = (swaa.sink_tokens, swaa.sliding_window)
+            if max_length is None:
+                layers[index] = SinksAndWindowLayer(*size, hold_prompt=swaa.dense_tail > 0, slack=slack)
+            elif sum(size) < max_length:
+                layers[index] = StaticSinksAndWindowLayer(max_length, *size, hold_prompt=swaa.dense_tail > 0)
+        super().__init__(layers=layers, offloading=offloading)
+
+    @property
+    def prompt_lengths(self) -> int | Tensor | None:
+        """Tokens of each prompt without pads, or None if they are not known."""
+        return self._prompt_lengths
+
+    @prompt_lengths.setter
+    def prompt_lengths(self, lengths: int | Sequence[int] | Tensor | None) -> None:
+        self._prompt_lengths = checked_lengths(lengths)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held, by kind of layer.
+
+        Returns:
+            "full": layers that keep every key; "window": layers that keep sinks and window; "native": layers that the
+            model itself restricts; and the "total". A layer of `tokens` keys takes
+            2 * batch * kv_heads * tokens * head_dim * bytes per element.
+        """
+        held = {"full": 0, "window": 0, "native": 0}
+        for layer in self.layers:
+            if isinstance(layer, _RELEASING):
+                kind = "window"
+            else:
+                kind = "full" if type(layer) in (DynamicLayer, StaticLayer) else "native"
+            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+                held[kind] += 0 if tensor is None else tensor.numel() * tensor.element_size()
+        return {**held, "total": sum(held.values())}
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Refuses a forward of another model or under another recipe than the cache was made for.
+
+        Raises:
+            ConfigError: names both.
+        """
+        if (config.model_type, config.num_hidden_layers) != (self.config.model_type, self.config.num_hidden_layers):
+            raise ConfigError(
+                f"the cache was made for a {self.config.model_type} model of {self.config.num_hidden_layers} layers and "
+                f"this one is {config.model_type} with {config.num_hidden_layers}; make one with "
+                "SWAACache(model.config)"
+            )
+        if swaa_of(config) != self.swaa:
+            raise ConfigError(
+                f"the cache was made for {self.swaa} and the model runs {swaa_of(config)}; make one with "
+                "SWAACache(model.config) after the recipe is set"
+            )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores the keys and values of new tokens; returns those that the layer's attention works on."""
+        if layer_idx >= len(self.layers):
+            raise ConfigError(
+                f"layer {layer_idx} asks a cache that was made for {len(self.layers)} layers of a "
+                f"{self.config.model_type} model; make one with SWAACache(model.config)"
+            )
+        self._check_shape(self.layers[layer_idx], key_states, layer_idx)
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        _handed.out = (keys, self, layer_idx)
+        return keys, values
+
+    def reset(self) -> None:
+        """Forgets every token; the cache can be used for another batch, or after an interrupted forward."""
+        self.first = None
+        for layer in self.layers:
+            if type(layer) is DynamicLayer:  # transformers 5.17 keeps the length of a layer that it has reset
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+            layer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens, as many as a negative `tokens_to_remove` says.
+
+        Raises:
+            ConfigError: if the cache has a fixed size, or a layer has released what the window would need again.
+        """
+        if self.max_length is not None:
+            raise ConfigError("a cache of fixed size cannot be cropped; use SWAACache(config) without max_length")
+        if tokens_to_remove > 0:
+            raise ConfigError(f"crop({tokens_to_remove}): expected minus the number of tokens to remove")
+        if any(isinstance(layer, SinksAndWindowLayer) and not layer.can_crop(-tokens_to_remove) for layer in self.layers):
+            raise ConfigError(
+                f"crop({tokens_to_remove}): the window would need keys that were released; make the cache with "
+                f"slack={-tokens_to_remove} or more, or call activate_past_recording() before"
+            )
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Takes the sequences of the batch in another order (beam search)."""
+        self.first = None if self.first is None else self.first.index_select(0, beam_idx.to(self.first.device))
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every sequence."""
+        self.first = None if self.first is None else self.first.repeat_interleave(repeats, 0)
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some sequences of the batch."""
+        self.first = None if self.first is None else self.first[indices]
+        super().batch_select_indices(indices)
+
+    def _check_shape(self, layer: CacheLayerMixin, key_states: Tensor, layer_idx: int) -> None:
+        held = getattr(layer, "keys", None)
+        if held is None or held.dim() != 4:
+            return
+        expected = (held.shape[0], held.shape[1], held.shape[3])
+        got = (key_states.shape[0], key_states.shape[1], key_states.shape[3])
+        if expected != got:
+            raise ConfigError(
+                f"layer {layer_idx}: the cache holds keys of [batch, kv_heads, head_dim] = {list(expected)} and is "
+                f"given {list(got)}; it belongs to another model or batch: make a new one, or call reset()"
+                + (" (a cache of fixed size keeps its batch size)" if self.max_length is not None else "")
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Which columns the keys belong to that a cache handed to a layer's attention."""
+
+    cache: SWAACache
+    layer: CacheLayerMixin
+    sink_slots: int = 0  # leading slots for the first tokens of each sequence
+    start: int | Tensor = 0  # column of the slot after them, the rest follows in order ...
+    ring: bool = False  # ... unless the slots after the sinks are a ring
+
+    @property
+    def releases(self) -> bool:
+        """Whether the layer releases keys."""
+        return isinstance(self.layer, _RELEASING)
+
+    def release(self, keys: Tensor, values: Tensor, first: Tensor | None, lengths_known: bool, decoding: bool) -> None:
+        """To be called after attention.
+
+        Args:
+            keys: what the layer's attention worked on.
+            values: likewise.
+            first: column of each sequence's first token `[batch]`, or None without left pads.
+            lengths_known: whether the caller says which rows are decode rows.
+            decoding: whether every sequence has had its first decode row, or nothing waits for it.
+        """
+        if isinstance(self.layer, SinksAndWindowLayer):
+            self.layer.after_attention(first, decoding)
+        elif isinstance(self.layer, StaticSinksAndWindowLayer) and not self.ring:
+            self.layer.after_attention(keys, values, self, first, lengths_known, decoding)
+
+
+def stored(keys: Tensor) -> Stored | None:
+    """Where `keys` come from, if a `SWAACache` has just handed them out."""
+    out = _handed.out
+    _handed.out = None
+    if out is None or out[0] is not keys:
+        return None
+    cache, layer = out[1], out[1].layers[out[2]]
+    if isinstance(layer, _RELEASING):
+        return Stored(cache, layer, *layer.layout)
+    return Stored(cache, layer)
+
+
+class SinksAndWindowLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys of the first tokens and of the last ones, in order; everything until something is released."""
+
+    def __init__(self, sink_tokens: int, sliding_window: int, hold_prompt: bool, slack: int = 0) -> None:
+        super().__init__()
+        self.sink_tokens = sink_tokens
+        self.sliding_window = sliding_window
+        self.slack = slack
+        self.hold_prompt = hold_prompt
+        self.record_past = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.length = 0
+        self.layout: tuple[int, int] = (0, 0)  # sink slots, and column of the slot after them
+        self.first: Tensor | None = None
+        self.due = False  # a release that waits for `crop`
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.length += key_states.shape[-2]
+        keys, values = super().update(key_states, value_states)
+        return keys, values
+
+    def after_attention(self, first: Tensor | None, decoding: bool) -> None:
+        self.first = self.first if first is None else first
+        if self.hold_prompt and not decoding:
+            return
+        if self.record_past:
+            self.due = True
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        self.due = False
+        slots, start = self.layout
+        kept_from = self.length - (self.sliding_window - 1) - self.slack
+        if kept_from <= (start if slots else self.sink_tokens):
+            return
+        self.keys, self.values = (self._without(x, kept_from) for x in (self.keys, self.values))
+        self.layout = (self.sink_tokens, kept_from)
+
+    def _without(self, x: Tensor, kept_from: int) -> Tensor:
+        """`x` without what lies between the sinks and column `kept_from`."""
+        slots, start = self.layout
+        tail = x[:, :, kept_from - start + slots :]
+        if self.first is None:
+            return torch.cat([x[:, :, : self.sink_tokens], tail], dim=2)
+        slot = torch.arange(self.sink_tokens, device=x.device)
+        column = self.first.to(x.device)[:, None] + slot
+        held_in = torch.where(column < start, slot, column - start + slots).clamp(max=x.shape[2] - 1)
+        return torch.cat([_take(x, held_in), tail], dim=2)
+
+    def can_crop(self, tokens: int) -> bool:
+        """Whether the layer holds the window of the token that comes after taking back that many."""
+        slots, start = self.layout
+        return slots == 0 or tokens == 0 or self.length - tokens - (self.sliding_window - 1) >= start
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.length += tokens_to_remove
+        if self.due:
+            self._release()
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.keys.shape[-2] if self.is_initialized else 0) + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.first = None if self.first is None else self.first.index_select(0, beam_idx.to(self.first.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.first = None if self.first is None else self.first.repeat_interleave(repeats, 0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.first = None if self.first is None else self.first[indices]
+
+
+class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
+    """Keys of the first tokens and a ring of the last ones, at fixed addresses; every key while it waits for decoding.
+
+    The token at position p of its sequence lies in slot p if it is a sink, otherwise in slot
+    sink_tokens + (p - sink_tokens) % sliding_window.
+    """
+
+    def __init__(self, max_length: int, sink_tokens: int, sliding_window: int, hold_prompt: bool) -> None:
+        super().__init__(max_length)
+        self.max_length = max_length
+        self.sink_tokens = sink_tokens
+        self.sliding_window = sliding_window
+        self.hold_prompt = hold_prompt
+        self._forget()
+
+    def _forget(self) -> None:
+        self.holding = self.hold_prompt  # the layer is an ordinary static one until decoding begins
+        self.empty = True
+        self.lengths_known = False
+        self.layout: tuple[int, int | Tensor, bool] = (0, 0, False)
+
+    @property
+    def slots(self) -> int:
+        return self.sink_tokens + self.sliding_window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.max_cache_len = self.max_length if self.holding else self.slots
+        super().lazy_initialization(key_states, value_states)
+        self.first = torch.zeros(key_states.shape[0], dtype=torch.long, device=key_states.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.first)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new = key_states.shape[-2]
+        self._begin_decoding(new)
+        if self.holding:
+            self.layout, self.empty = (0, 0, False), False
+            keys, values = super().update(key_states, value_states)
+            return keys, values
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if new == 1 and not self.empty:
+            self.layout = (self.sink_tokens, 0, True)
+            position = self.cumulative_length - self.first
+            beyond = position - self.sink_tokens
+            slot = torch.where(beyond < 0, position, self.sink_tokens + beyond % self.sliding_window)
+            batch = torch.arange(slot.shape[0], device=slot.device)
+            self.keys[batch, :, slot] = key_states[:, :, 0]
+            self.values[batch, :, slot] = value_states[:, :, 0]
+            self.cumulative_length.add_(1)
+            return self.keys, self.values
+        if self.empty:
+            self.layout, self.empty = (0, 0, False), False
+            self.cumulative_length.add_(new)
+            return key_states, value_states
+        start = self.cumulative_length - (self.sliding_window - 1)
+        self.layout = (self.sink_tokens, start, False)
+        column = start + torch.arange(self.sliding_window - 1, device=self.first.device)
+        position = column - self.first[:, None]
+        beyond = position - self.sink_tokens
+        tail = torch.where(beyond < 0, position.clamp(min=0), self.sink_tokens + beyond % self.sliding_window)
+        sinks = torch.arange(self.sink_tokens, device=tail.device).expand(tail.shape[0], -1)
+        slots = torch.cat([sinks, tail], dim=1)
+        self.cumulative_length.add_(new)
+        return tuple(torch.cat([_take(x, slots), y], 2) for x, y in ((self.keys, key_states), (self.values, value_states)))
+
+    def after_attention(
+        self, keys: Tensor, values: Tensor, out: Stored, first: Tensor | None, lengths_known: bool, decoding: bool
+    ) -> None:
+        if first is not None:
+            self.first.copy_(first)
+        if self.holding:
+            self.lengths_known = lengths_known
+            if decoding:
+                self._release()
+            return
+        column = self._columns()
+        source = column - out.start + out.sink_slots
+        if out.sink_slots:
+            source = torch.where(column < out.start, column - self.first[:, None], source)
+        source = source.clamp(min=0)
+        self.keys.copy_(_take(keys, source))
+        self.values.copy_(_take(values, source))
+
+    def _columns(self) -> Tensor:
+        return ring_columns(self.cumulative_length, self.first, self.sink_tokens, self.sliding_window)
+
+    def _begin_decoding(self, query_length: int) -> None:
+        """One new token is a decode row, unless the caller says where prompts end."""
+        if self.holding and query_length == 1 and not self.empty and not self.lengths_known:
+            self._release()
+
+    def _release(self) -> None:
+        """From every key to sinks and ring."""
+        column = self._columns().clamp(min=0)
+        self.keys, self.values = _take(self.keys, column), _take(self.values, column)
+        self.max_cache_len = self.slots
+        self.holding = False
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        self._begin_decoding(query_length)
+        if self.holding:
+            return self.max_length, 0
+        if self.empty:
+            return query_length, 0
+        return (self.slots if query_length == 1 else self.slots - 1 + query_length), 0
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def reset(self) -> None:
+        if self.hold_prompt and not self.holding:
+            self.keys = self.values = None
+            self.is_initialized = False
+        super().reset()
+        if self.is_initialized:
+            self.first.zero_()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.first = self.first.index_select(0, beam_idx.to(self.first.device))
+
+
+_RELEASING = (SinksAndWindowLayer, StaticSinksAndWindowLayer)
+
+
+class _Handed(threading.local):
+    out: tuple[Tensor, SWAACache, int] | None = None
+
+
+_handed = _Handed()
+
+
+def ring_columns(length: int | Tensor, first: Tensor | int, sink_tokens: int, sliding_window: int) -> Tensor:
+    """The column in each slot of `StaticSinksAndWindowLayer`, -1 for empty ones, `[batch, slots]` (or `[1, slots]`).
+
+    Args:
+        length: columns so far.
+        first: column of each sequence's first token, `[batch]`, or 0.
+        sink_tokens: slots for the first tokens.
+        sliding_window: slots of the ring.
+    """
+    if not isinstance(first, Tensor):
+        assert isinstance(length, Tensor)
+        first = torch.full((1,), first, device=length.device)
+    first = first[:, None]
+    slot = torch.arange(sink_tokens + sliding_window, device=first.device)
+    newest = length - 1 - first
+    laps = torch.div(newest - slot, sliding_window, rounding_mode="floor")
+    position = torch.where(slot < sink_tokens, slot, slot + laps.clamp(min=0) * sliding_window)
+    return torch.where(position <= newest, position + first, -1)
+
+
+def _take(x: Tensor, slots: Tensor) -> Tensor:
+    """`x[b, :, slots[b]]` for `x` `[batch, kv_heads, len, head_dim]` and `slots` `[batch, kept]`."""
+    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
