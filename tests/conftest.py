@@ -1,12 +1,16 @@
 """What tests share: the oracles."""
 
 import math
+import os
 
 import pytest
 import torch
 from torch import Tensor
 
 from swaa_flex import Mask
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers fill the cores; threads of tiny operations would only wait for each other
 
 
 def visible_pairs(mask: Mask, q_len: int, kv_len: int, batch: int = 1, heads: int = 1, q_offset: int = 0) -> Tensor:

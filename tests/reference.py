@@ -72,3 +72,46 @@ class Reference:
 
 AttentionInterface.register("swaa_reference", Reference.attention)
 AttentionMaskInterface.register("swaa_reference", Reference.mask)
+
+
+class Truth(Reference):
+    """One dense forward over a finished conversation, told which columns are answers."""
+
+    dense: Tensor
+    decode: Tensor
+    held_from: Tensor
+
+    @classmethod
+    def set(cls, config, sequence, attention_mask, answers):
+        cls.config = config
+        columns = torch.arange(sequence.shape[1])
+        cls.decode = torch.zeros(len(columns), dtype=torch.bool)
+        tail = torch.zeros(len(columns), dtype=torch.bool)
+        # What a layer without full-attention decode holds of earlier turns when the rows of a prompt come.
+        cls.held_from = torch.zeros(len(columns), dtype=torch.long)
+        for start, stop in answers:
+            cls.decode[start:stop] = True
+            tail[max(0, start - config.dense_tail) : start] = True
+            cls.held_from[stop:] = max(0, stop - (config.sliding_window - 1))
+        cls.dense = tail & ~cls.decode
+
+    @classmethod
+    def visible(cls, module, native: Tensor, q_len: int, kv_len: int) -> Tensor:
+        config = cls.config
+        kind = config.resolve(module.config.num_hidden_layers)[module.layer_idx]
+        if kind.full:
+            return native
+        padding, _, _ = native.asked
+        position = padding.long().cumsum(-1) - 1
+        q, kv = position[:, None, :, None], position[:, None, None, :]
+        near = (q - kv < config.sliding_window) | (kv < config.sink_tokens)
+        dense = cls.dense[:, None].expand(q_len, kv_len)
+        if kind.full_attention_decode:
+            dense = dense | cls.decode[:, None]
+        elif not getattr(module, "is_sliding", False):  # what the model itself restricts, transformers' layers hold
+            dense = dense & (torch.arange(kv_len) >= cls.held_from[:, None])
+        return native & (near | dense)
+
+
+AttentionInterface.register("swaa_truth", Truth.attention)
+AttentionMaskInterface.register("swaa_truth", Truth.mask)

@@ -197,7 +197,7 @@ def sinks_and_tail(mask: Mask, sink_slots: int, *, start: int | Tensor, first: i
     """`mask` for a cache that keeps the first keys of a sequence and its last ones, and has released those between.
 
     Slot s below `sink_slots` holds key `first + s`, the slots after them the keys `start`, `start + 1`, and so on. A
-    sink slot whose key lies at or after `start` is empty: its key is in the tail.
+    sink slot whose key lies at or after `start` is empty: its key is in the tail. So is a tail slot before `first`.
 
     Args:
         mask: evaluated at the keys' own indices.

@@ -170,14 +170,15 @@ class SinksAndTail(Mask):
         first = self.first[b] if isinstance(self.first, Tensor) and self.first.dim() == 1 else self.first
         in_tail = kv_idx >= self.sink_slots
         column = kv_idx + torch.where(in_tail, self.start - self.sink_slots, first)
-        return (in_tail | (column < self.start)) & self.mask(b, h, q_idx, column)
+        held = torch.where(in_tail, column >= first, column < self.start)
+        return held & self.mask(b, h, q_idx, column)
 
     def bounds(self, rows: Rows) -> Bounds:
         first, start = self.first, symbolic(self.start)
         begin = symbolic(first[:, None, None] if isinstance(first, Tensor) and first.dim() == 1 else first)
         own = self.mask.bounds(rows)
         sinks = own.clip(Interval((begin,), (begin.plus(self.sink_slots), start))).shift(Linear().minus(begin))
-        tail = own.clip(Interval((start,))).shift(Linear(offset=self.sink_slots).minus(start))
+        tail = own.clip(Interval((start, begin))).shift(Linear(offset=self.sink_slots).minus(start))
         return intervals.union(sinks, tail)
 
     def for_rows(self, first: int, last: int) -> Mask:
