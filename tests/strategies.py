@@ -77,7 +77,7 @@ def compositions(draw: st.DrawFn, length: int, depth: int = 3) -> Mask:
             return M.sinks_and_tail(
                 draw(part),
                 draw(st.integers(0, 20)),
-                start=torch.tensor(start) if draw(st.booleans()) else start,
+                start=draw(st.sampled_from([start, torch.tensor(start), torch.tensor([start, first[0]])])),
                 first=torch.tensor(first) if draw(st.booleans()) else first[0],
             )
         case _:

@@ -202,15 +202,15 @@ def sinks_and_tail(mask: Mask, sink_slots: int, *, start: int | Tensor, first: i
     Args:
         mask: evaluated at the keys' own indices.
         sink_slots: how many slots hold first keys.
-        start: the first key of the tail, an int or a 0-d integer tensor.
-        first: the first key of each sequence (not 0 where it is padded on the left), an int or a tensor `[batch]`.
+        start: the first key of the tail, an int or an integer tensor (0-d or `[batch]`).
+        first: the first key of each sequence (not 0 where it is padded on the left), likewise.
 
     >>> sinks_and_tail(causal() & window(64), 4, start=900)
     sinks_and_tail(causal & window(64), 4, start=900, first=0)
     """
-    for name, value, dims in (("start", start, (0,)), ("first", first, (0, 1))):
-        if isinstance(value, Tensor) and (value.dim() not in dims or value.is_floating_point()):
-            raise MaskError(f"sinks_and_tail: {name} is an int or an integer tensor, not {describe(value)}")
+    for name, value in (("start", start), ("first", first)):
+        if isinstance(value, Tensor) and (value.dim() > 1 or value.is_floating_point()):
+            raise MaskError(f"sinks_and_tail: {name} is an int or integers [batch], not {describe(value)}")
     return SinksAndTail(mask, _checked_int("sinks_and_tail", sink_slots, 0), start, first)
 
 

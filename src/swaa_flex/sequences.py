@@ -167,18 +167,20 @@ class SinksAndTail(Mask):
     first: int | Tensor
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        first = self.first[b] if isinstance(self.first, Tensor) and self.first.dim() == 1 else self.first
+        start, first = (v[b] if isinstance(v, Tensor) and v.dim() == 1 else v for v in (self.start, self.first))
         in_tail = kv_idx >= self.sink_slots
-        column = kv_idx + torch.where(in_tail, self.start - self.sink_slots, first)
-        held = torch.where(in_tail, column >= first, column < self.start)
+        column = kv_idx + torch.where(in_tail, start - self.sink_slots, first)
+        held = torch.where(in_tail, column >= first, column < start)
         return held & self.mask(b, h, q_idx, column)
 
     def bounds(self, rows: Rows) -> Bounds:
-        first, start = self.first, symbolic(self.start)
-        begin = symbolic(first[:, None, None] if isinstance(first, Tensor) and first.dim() == 1 else first)
+        start, first = (
+            symbolic(v[:, None, None] if isinstance(v, Tensor) and v.dim() == 1 else v)
+            for v in (self.start, self.first)
+        )
         own = self.mask.bounds(rows)
-        sinks = own.clip(Interval((begin,), (begin.plus(self.sink_slots), start))).shift(Linear().minus(begin))
-        tail = own.clip(Interval((start, begin))).shift(Linear(offset=self.sink_slots).minus(start))
+        sinks = own.clip(Interval((first,), (first.plus(self.sink_slots), start))).shift(Linear().minus(first))
+        tail = own.clip(Interval((start, first))).shift(Linear(offset=self.sink_slots).minus(start))
         return intervals.union(sinks, tail)
 
     def for_rows(self, first: int, last: int) -> Mask:
@@ -189,8 +191,8 @@ class SinksAndTail(Mask):
 
     @property
     def batch_size(self) -> int | None:
-        first = self.first
-        return first.shape[0] if isinstance(first, Tensor) and first.dim() == 1 else self.mask.batch_size
+        sizes = [v.shape[0] for v in (self.start, self.first) if isinstance(v, Tensor) and v.dim() == 1]
+        return sizes[0] if sizes else self.mask.batch_size
 
     def __repr__(self) -> str:
         return f"sinks_and_tail({self.mask!r}, {self.sink_slots}, start={brief(self.start)}, first={brief(self.first)})"

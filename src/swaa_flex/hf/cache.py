@@ -112,8 +112,8 @@ class SWAACache(Cache):
                 kind = "window"
             else:
                 kind = "full" if type(layer) in (DynamicLayer, StaticLayer) else "native"
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-                held[kind] += 0 if tensor is None else tensor.numel() * tensor.element_size()
+            tensors = {id(t): t for t in (layer.keys, layer.values, *(getattr(layer, "ring", None) or ()))}
+            held[kind] += sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
         return {**held, "total": sum(held.values())}
 
     def check(self, config: PreTrainedConfig) -> None:
@@ -147,6 +147,12 @@ class SWAACache(Cache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         _handed.out = (keys, self, layer_idx)
         return keys, values
+
+    def begin_decoding(self) -> None:
+        """Releases what layers still hold for rows of the prompt, instead of when the first decode row arrives."""
+        for layer in self.layers:
+            if isinstance(layer, _RELEASING):
+                layer.begin_decoding()
 
     def reset(self) -> None:
         """Forgets every token; the cache can be used for another batch, or after an interrupted forward."""
@@ -210,7 +216,7 @@ class Stored:
     cache: SWAACache
     layer: CacheLayerMixin
     sink_slots: int = 0  # leading slots for the first tokens of each sequence
-    start: int | Tensor = 0  # column of the slot after them, the rest follows in order ...
+    start: int | Tensor = 0  # column of the slot after them (of each sequence), the rest follows in order ...
     ring: bool = False  # ... unless the slots after the sinks are a ring
 
     @property
@@ -276,6 +282,10 @@ class SinksAndWindowLayer(DynamicLayer):  # type: ignore[misc]
         if self.record_past:
             self.due = True
         else:
+            self._release()
+
+    def begin_decoding(self) -> None:
+        if not self.record_past:
             self._release()
 
     def _release(self) -> None:
@@ -348,7 +358,10 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
         self.max_length = max_length
         self.sink_tokens = sink_tokens
         self.sliding_window = sliding_window
+        self.slots = sink_tokens + sliding_window
         self.hold_prompt = hold_prompt
+        self.first: Tensor | None = None
+        self.ring: tuple[Tensor, Tensor] | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -357,16 +370,14 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
         self.lengths_known = False
         self.layout: tuple[int, int | Tensor, bool] = (0, 0, False)
 
-    @property
-    def slots(self) -> int:
-        return self.sink_tokens + self.sliding_window
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.max_cache_len = self.max_length if self.holding else self.slots
         super().lazy_initialization(key_states, value_states)
-        self.first = torch.zeros(key_states.shape[0], dtype=torch.long, device=key_states.device)
-        if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.first)
+        if self.first is None:
+            self.first = torch.zeros(key_states.shape[0], dtype=torch.long, device=key_states.device)
+            _keep_address(self.first)
+        if not self.holding:
+            self.ring = self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new = key_states.shape[-2]
@@ -377,66 +388,80 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
             return keys, values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if new == 1 and not self.empty:
+        seen = self.cumulative_length.clone()
+        self.cumulative_length.add_(new)
+        if self.empty:
+            self.layout, self.empty = (0, 0, False), False
+            return key_states, value_states
+        if new == 1:
             self.layout = (self.sink_tokens, 0, True)
-            position = self.cumulative_length - self.first
-            beyond = position - self.sink_tokens
-            slot = torch.where(beyond < 0, position, self.sink_tokens + beyond % self.sliding_window)
+            slot = self._slot_of(seen)
             batch = torch.arange(slot.shape[0], device=slot.device)
             self.keys[batch, :, slot] = key_states[:, :, 0]
             self.values[batch, :, slot] = value_states[:, :, 0]
-            self.cumulative_length.add_(1)
             return self.keys, self.values
-        if self.empty:
-            self.layout, self.empty = (0, 0, False), False
-            self.cumulative_length.add_(new)
-            return key_states, value_states
-        start = self.cumulative_length - (self.sliding_window - 1)
+        assert self.first is not None
+        start = (seen - (self.sliding_window - 1)).expand(self.first.shape[0])
         self.layout = (self.sink_tokens, start, False)
-        column = start + torch.arange(self.sliding_window - 1, device=self.first.device)
-        position = column - self.first[:, None]
-        beyond = position - self.sink_tokens
-        tail = torch.where(beyond < 0, position.clamp(min=0), self.sink_tokens + beyond % self.sliding_window)
+        tail = self._slot_of(start[:, None] + torch.arange(self.sliding_window - 1, device=start.device))
         sinks = torch.arange(self.sink_tokens, device=tail.device).expand(tail.shape[0], -1)
         slots = torch.cat([sinks, tail], dim=1)
-        self.cumulative_length.add_(new)
-        return tuple(torch.cat([_take(x, slots), y], 2) for x, y in ((self.keys, key_states), (self.values, value_states)))
+        keys, values = _take(self.keys, slots), _take(self.values, slots)
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def _slot_of(self, column: Tensor) -> Tensor:
+        """The slot of the token in a column, 0-d or `[batch, n]` (some slot, where there is none)."""
+        assert self.first is not None
+        position = column - (self.first if column.dim() == 0 else self.first[:, None])
+        beyond = position - self.sink_tokens
+        return torch.where(beyond < 0, position.clamp(min=0), self.sink_tokens + beyond % self.sliding_window)
 
     def after_attention(
         self, keys: Tensor, values: Tensor, out: Stored, first: Tensor | None, lengths_known: bool, decoding: bool
     ) -> None:
+        """See `Stored.release`; `out` says which columns `keys` and `values` belong to."""
+        assert self.first is not None
         if first is not None:
             self.first.copy_(first)
         if self.holding:
             self.lengths_known = lengths_known
             if decoding:
-                self._release()
+                self.begin_decoding()
             return
+        start = out.start[:, None] if isinstance(out.start, Tensor) else out.start
         column = self._columns()
-        source = column - out.start + out.sink_slots
+        source = column - start + out.sink_slots
         if out.sink_slots:
-            source = torch.where(column < out.start, column - self.first[:, None], source)
+            source = torch.where(column < start, column - self.first[:, None], source)
         source = source.clamp(min=0)
         self.keys.copy_(_take(keys, source))
         self.values.copy_(_take(values, source))
 
     def _columns(self) -> Tensor:
+        assert self.first is not None
         return ring_columns(self.cumulative_length, self.first, self.sink_tokens, self.sliding_window)
 
     def _begin_decoding(self, query_length: int) -> None:
         """One new token is a decode row, unless the caller says where prompts end."""
         if self.holding and query_length == 1 and not self.empty and not self.lengths_known:
-            self._release()
+            self.begin_decoding()
 
-    def _release(self) -> None:
+    def begin_decoding(self) -> None:
         """From every key to sinks and ring."""
+        if not self.holding:
+            return
         column = self._columns().clamp(min=0)
-        self.keys, self.values = _take(self.keys, column), _take(self.values, column)
+        keys, values = _take(self.keys, column), _take(self.values, column)
+        if self.ring is None:
+            self.ring = keys, values
+            _keep_address(keys)
+            _keep_address(values)
+        else:  # compiled code knows their address
+            self.ring[0].copy_(keys)
+            self.ring[1].copy_(values)
+        self.keys, self.values = self.ring
         self.max_cache_len = self.slots
         self.holding = False
-        if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         self._begin_decoding(query_length)
@@ -453,14 +478,22 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
         if self.hold_prompt and not self.holding:
             self.keys = self.values = None
             self.is_initialized = False
+            self.cumulative_length.zero_()
         super().reset()
-        if self.is_initialized:
+        if self.first is not None:
             self.first.zero_()
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.first = self.first.index_select(0, beam_idx.to(self.first.device))
+        if self.first is not None:
+            self.first = self.first.index_select(0, beam_idx.to(self.first.device))
+
+
+def _keep_address(tensor: Tensor) -> None:
+    """Tells torch.compile that the tensor stays where it is, as transformers does for its static layers."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
 
 
 _RELEASING = (SinksAndWindowLayer, StaticSinksAndWindowLayer)
