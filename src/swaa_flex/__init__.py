@@ -5,15 +5,17 @@ from ._version import __version__
 from .algebra import Mask
 from .block_mask import build_block_mask
 from .config import SWAAConfig
-from .errors import BackendUnavailableError, ConfigError, MaskError, UnsupportedModelError
-from .hf import SWAACache, adapt, prompt, restore
+from .errors import BackendUnavailableError, ConfigError, DoesNotFitError, MaskError, UnsupportedModelError
+from .hf import CompiledModel, SWAACache, adapt, compile, prompt, restore
 from .kernels import attention
 from .plan import AttentionPlan, plan
 
 __all__ = [
     "AttentionPlan",
     "BackendUnavailableError",
+    "CompiledModel",
     "ConfigError",
+    "DoesNotFitError",
     "Mask",
     "MaskError",
     "SWAACache",
@@ -23,6 +25,7 @@ __all__ = [
     "adapt",
     "attention",
     "build_block_mask",
+    "compile",
     "masks",
     "plan",
     "prompt",

@@ -5,6 +5,7 @@ SWAAError
 ├── ConfigError              (ValueError)    a setting is wrong
 ├── MaskError                (ValueError)    a mask, or what is asked of it, is wrong
 ├── BackendUnavailableError  (RuntimeError)  this machine cannot run the backend asked for
+├── DoesNotFitError          (RuntimeError)  this machine has too little memory for what was asked
 └── UnsupportedModelError    (RuntimeError)  this model cannot be adapted
 ```
 """
@@ -29,6 +30,10 @@ class MaskError(SWAAError, ValueError):
 
 class BackendUnavailableError(SWAAError, RuntimeError):
     """The backend asked for cannot run here: a package, a device or a feature is missing."""
+
+
+class DoesNotFitError(SWAAError, RuntimeError):
+    """The device has too little memory for the length and batch size asked for."""
 
 
 class UnsupportedModelError(SWAAError, RuntimeError):

@@ -6,6 +6,7 @@ from . import config as config
 from .adapt import adapt, restore
 from .attention import attention_forward
 from .cache import SWAACache
+from .compiled import CompiledModel, compile
 from .mask import make_forward_mask
 from .prompt import prompt
 
@@ -14,4 +15,4 @@ NAME = "swaa_flex"
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, make_forward_mask)
 
-__all__ = ["NAME", "SWAACache", "adapt", "prompt", "restore"]
+__all__ = ["NAME", "CompiledModel", "SWAACache", "adapt", "compile", "prompt", "restore"]

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from ..errors import ConfigError
 from .config import swaa_of
@@ -78,6 +86,11 @@ class SWAACache(Cache):
         stock = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
         layers: list[Any] = list(stock.layers)
         for index, layer in enumerate(layers):
+            if type(layer) is StaticSlidingWindowLayer and max_length is not None:
+                # transformers' own counts tokens in a Python int, for which compiled code would be made again.
+                layers[index] = StaticSinksAndWindowLayer(max_length, 0, layer.max_cache_len, hold_prompt=False)
+                layers[index].is_sliding = True
+                continue
             releases = not kinds[index].full_attention_decode and swaa.sliding_window is not None
             if not releases or type(layer) not in (DynamicLayer, StaticLayer):
                 continue
@@ -108,13 +121,34 @@ class SWAACache(Cache):
         """
         held = {"full": 0, "window": 0, "native": 0}
         for layer in self.layers:
-            if isinstance(layer, _RELEASING):
-                kind = "window"
+            if layer.is_sliding:
+                kind = "native"
             else:
-                kind = "full" if type(layer) in (DynamicLayer, StaticLayer) else "native"
+                kind = "window" if isinstance(layer, _RELEASING) else "full"
             tensors = {id(t): t for t in (layer.keys, layer.values, *(getattr(layer, "ring", None) or ()))}
             held[kind] += sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
         return {**held, "total": sum(held.values())}
+
+    def size_of(self, batch_size: int, dtype: torch.dtype) -> tuple[float, float]:
+        """Bytes that a cache of fixed size takes per token of `max_length`, and apart from them."""
+        text = self.config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        token = 2.0 * batch_size * heads * head_dim * dtype.itemsize
+        rings = [layer for layer in self.layers if isinstance(layer, StaticSinksAndWindowLayer)]
+        growing = len(self.layers) - sum(1 for ring in rings if not ring.hold_prompt)
+        return token * growing, token * sum(ring.slots for ring in rings)
+
+    def start(self, first: Tensor) -> None:
+        """Begins sequences in an empty cache of fixed size, the way compiled forwards need it.
+
+        Args:
+            first: column of each sequence's first token, `[batch]`; it is kept, and may be changed in place later.
+        """
+        self.first = first
+        for layer in self.layers:
+            if isinstance(layer, StaticSinksAndWindowLayer):
+                layer.start(first)
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuses a forward of another model or under another recipe than the cache was made for.
@@ -145,7 +179,9 @@ class SWAACache(Cache):
             )
         self._check_shape(self.layers[layer_idx], key_states, layer_idx)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        _handed.out = (keys, self, layer_idx)
+        handed = _handed()
+        handed.clear()
+        handed.append((keys, self, layer_idx))
         return keys, values
 
     def begin_decoding(self) -> None:
@@ -240,11 +276,17 @@ class Stored:
             self.layer.after_attention(keys, values, self, first, lengths_known, decoding)
 
 
-def stored(keys: Tensor) -> Stored | None:
-    """Where `keys` come from, if a `SWAACache` has just handed them out."""
-    out = _handed.out
-    _handed.out = None
-    if out is None or out[0] is not keys:
+def stored(keys: Tensor, layer_idx: int) -> Stored | None:
+    """Where `keys` come from, if a `SWAACache` has just handed them out to that layer."""
+    handed = _handed()
+    if len(handed) == 0:
+        return None
+    out = handed.pop()
+    if out[2] != layer_idx:
+        return None
+    # torch.compile does not recognise a tensor that was changed in place on the way.
+    same = out[0].shape == keys.shape if torch.compiler.is_compiling() else out[0] is keys
+    if not same:
         return None
     cache, layer = out[1], out[1].layers[out[2]]
     if isinstance(layer, _RELEASING):
@@ -446,6 +488,16 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
         if self.holding and query_length == 1 and not self.empty and not self.lengths_known:
             self.begin_decoding()
 
+    def start(self, first: Tensor) -> None:
+        """Begins sequences; from here on every forward takes the same path, the first one too."""
+        assert self.first is not None
+        self.first.copy_(first)
+        if not self.is_initialized:
+            assert self.ring is not None
+            self.lazy_initialization(self.ring[0][:, :, :0], self.ring[1][:, :, :0])
+        self.empty = False
+        self.lengths_known = True
+
     def begin_decoding(self) -> None:
         """From every key to sinks and ring."""
         if not self.holding:
@@ -499,11 +551,18 @@ def _keep_address(tensor: Tensor) -> None:
 _RELEASING = (SinksAndWindowLayer, StaticSinksAndWindowLayer)
 
 
-class _Handed(threading.local):
-    out: tuple[Tensor, SWAACache, int] | None = None
+class _HandedInThread(threading.local):
+    def __init__(self) -> None:
+        self.out: list[tuple[Tensor, SWAACache, int]] = []
 
 
-_handed = _Handed()
+_handed_in_thread = _HandedInThread()
+_handed_in_graph: list[tuple[Tensor, SWAACache, int]] = []
+
+
+def _handed() -> list[tuple[Tensor, SWAACache, int]]:
+    """The keys that a cache handed out last and to which layer, until the layer asks. (One thread traces at a time.)"""
+    return _handed_in_graph if torch.compiler.is_compiling() else _handed_in_thread.out
 
 
 def ring_columns(length: int | Tensor, first: Tensor | int, sink_tokens: int, sliding_window: int) -> Tensor:

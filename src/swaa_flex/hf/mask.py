@@ -143,11 +143,10 @@ class ForwardMask(BlockMask):
         self.ends = ends
         self.seen = seen  # its length
         self.info = info
-        self.known: PromptInfo | None = None
         self.device = device
         self.plans: dict[Any, AttentionPlan] = {}
         self.moved: dict[torch.device, ForwardMask] = {}
-        self.read: dict[str, Any] = {}  # what was read from the device
+        self.memo: dict[str, Any] = {}  # what is the same for all layers; a dict, as dynamo forgets attributes set twice
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -191,12 +190,13 @@ class ForwardMask(BlockMask):
         source: Stored | None,
     ) -> PromptInfo:
         """Where prompts end: what the keywords of the forward say, else the surrounding `prompt`, else the cache."""
-        if self.known is None:
-            known = self.info.updated(lengths, decode_rows)
-            if not known.says_where and source is not None:
-                known = known.updated(source.cache.prompt_lengths, None)
-            self.known = known
-        return self.known
+        if "info" not in self.memo:
+            info = self.info.updated(lengths, decode_rows)
+            if not info.says_where and source is not None:
+                info = info.updated(source.cache.prompt_lengths, None)
+            self.memo["info"] = info
+        known: PromptInfo = self.memo["info"]
+        return known
 
     def plan_for(
         self,
@@ -247,8 +247,8 @@ class ForwardMask(BlockMask):
                 mask = self._mask(inner, dense, position_ids, first, stop)
             if source is not None and source.ring:
                 begin = 0 if first is None else first
-                columns = ring_columns(self.q_offset + 1, begin, config.sink_tokens, key.shape[2] - config.sink_tokens)
-                mask = kv_positions(mask, columns)
+                ring = key.shape[2] - source.sink_slots
+                mask = kv_positions(mask, ring_columns(self.q_offset + 1, begin, source.sink_slots, ring))
             elif source is not None and source.sink_slots:
                 mask = sinks_and_tail(mask, source.sink_slots, start=source.start, first=0 if first is None else first)
             else:
@@ -292,15 +292,15 @@ class ForwardMask(BlockMask):
             return q_len == 1 and (isinstance(self.q_offset, Tensor) or self.q_offset > 0)
         if torch.compiler.is_compiling():
             return False  # unknown without a synchronisation; keeping the keys is always right
-        if "decoding" not in self.read:
+        if "decoding" not in self.memo:
             if info.decode_rows is not None:
                 begun: Tensor | bool = info.decode_rows.any(-1).all()
             else:
                 assert info.lengths is not None
                 ends = info.lengths if first is None else first + torch.as_tensor(info.lengths, device=first.device)
                 begun = torch.as_tensor(ends < self.q_offset + q_len).all()
-            self.read["decoding"] = bool(begun)
-        return bool(self.read["decoding"])
+            self.memo["decoding"] = bool(begun)
+        return bool(self.memo["decoding"])
 
     def _mask(
         self,
@@ -405,10 +405,11 @@ class ForwardMask(BlockMask):
         assert self.ends is not None
         if not self._may_read():
             return True, True
-        if "padding" not in self.read:
+        if "padding" not in self.memo:
             pads = torch.stack([self.ends[0].amax() > 0, self.ends[1].amin() < self.seen]).tolist()
-            self.read["padding"] = pads[0], pads[1]
-        return self.read["padding"]
+            self.memo["padding"] = pads[0], pads[1]
+        padding: tuple[bool, bool] = self.memo["padding"]
+        return padding
 
     def _may_read(self) -> bool:
         if torch.compiler.is_compiling():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from torch import Tensor
 from ..errors import MaskError
 
 
-@dataclass(frozen=True, eq=False)
-class PromptInfo:
+class PromptInfo(NamedTuple):
     """What is known about prompt and decode rows; None where it is not."""
 
     lengths: int | Tensor | None = None

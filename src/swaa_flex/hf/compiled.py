@@ -1,0 +1,365 @@
+"""`compile`: a model with a cache of fixed size, compiled once for every prompt length.
+
+Prompts are padded on the left to whole chunks, so that a handful of static shapes serves every length: the first
+chunk takes the smallest of a few sizes, the others are whole. On a GPU the decode step is a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import ConfigError, DoesNotFitError
+from .cache import SWAACache
+
+BLOCK = 128
+FIRST_CHUNK_SHARE = 8  # the small size of the first chunk is this part of a whole one
+
+
+def compile(
+    model: PreTrainedModel,
+    *,
+    max_length: int,
+    batch_size: int = 1,
+    prefill_chunk: int = 2048,
+    options: dict[str, Any] | None = None,
+    backend: str | Callable[..., Any] = "inductor",
+) -> CompiledModel:
+    """Prepares a model for serving requests of up to `max_length` tokens without any compilation after `warmup`.
+
+    Args:
+        model: a model with `attn_implementation="swaa_flex"`.
+        max_length: the most tokens of a request, prompt and answer together.
+        batch_size: sequences that are decoded together; a request may have fewer.
+        prefill_chunk: tokens of a prompt that are computed at once; a multiple of 128.
+        options: of `torch.compile` for the decode step, such as `{"coordinate_descent_tuning": True}` (slower to
+            compile, faster at batch size 1).
+        backend: of `torch.compile`.
+
+    Returns:
+        The compiled model. Nothing is compiled before its `warmup` or its first request.
+
+    Raises:
+        ConfigError: if an argument makes no sense, or the model does not run swaa_flex.
+    """
+    return CompiledModel(model, max_length, batch_size, prefill_chunk, options, backend)
+
+
+class CompiledModel:
+    """See `compile`.
+
+    Attributes:
+        model: the model.
+        cache: its `SWAACache`.
+        max_length: the most tokens of a request.
+        batch_size: sequences that are decoded together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_length: int,
+        batch_size: int,
+        prefill_chunk: int,
+        options: dict[str, Any] | None,
+        backend: str | Callable[..., Any],
+    ) -> None:
+        for name, value in (("max_length", max_length), ("batch_size", batch_size), ("prefill_chunk", prefill_chunk)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r}: expected a positive number")
+        if prefill_chunk % BLOCK:
+            raise ConfigError(f"prefill_chunk={prefill_chunk}: expected a multiple of {BLOCK}")
+        if model.config._attn_implementation != "swaa_flex":
+            raise ConfigError(
+                f"the model runs attn_implementation={model.config._attn_implementation!r}; "
+                "call swaa_flex.adapt(model, recipe) before compiling it"
+            )
+        self.model = model.eval()
+        self.max_length = max_length
+        self.batch_size = batch_size
+        small = -(-prefill_chunk // FIRST_CHUNK_SHARE // BLOCK) * BLOCK
+        self.chunks = tuple(sorted({min(size, -(-max_length // BLOCK) * BLOCK) for size in (small, prefill_chunk)}))
+        capacity = -(-(max_length + self.chunks[-1]) // BLOCK) * BLOCK
+        self.cache = SWAACache(model.config, max_length=capacity)
+        self.device = model.device
+        self.first = torch.zeros(batch_size, dtype=torch.long, device=self.device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=self.device)
+        self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
+        self.logits: Tensor | None = None
+        self.rows = 0  # sequences of the request, at most batch_size
+        self.room = 0  # decode steps that the request may still take
+        kwargs: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
+        self._prefill_chunk = torch.compile(_own(_prefill_chunk), **kwargs)
+        self._decode = torch.compile(_own(_decode), **kwargs, options=options)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._is_warm = False
+
+    # --- requests ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def warmup(self) -> CompiledModel:
+        """Compiles everything a request can need; about a minute or two for a model of a few billion parameters.
+
+        Raises:
+            DoesNotFitError: if the memory of the device does not suffice; says which max_length would fit.
+        """
+        if self._is_warm:
+            return self
+        held = _free_memory(self.device)
+        try:
+            self._run_everything()
+        except torch.OutOfMemoryError as error:
+            raise self._does_not_fit(held) from error
+        self._is_warm = True
+        return self
+
+    @torch.no_grad()
+    def prefill(self, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None = None) -> Tensor:
+        """Starts a request: computes its prompts.
+
+        Args:
+            input_ids: `[sequences, len]`, or a list of token lists of any lengths.
+            attention_mask: `[sequences, len]`, 0 for pads, on either side.
+
+        Returns:
+            Logits of the first new token, `[sequences, vocab]`.
+
+        Raises:
+            ConfigError: if the request has more sequences or tokens than the model was compiled for.
+        """
+        prompts = self._checked(input_ids, attention_mask)
+        self.warmup()
+        return self._prefill(prompts)
+
+    @torch.no_grad()
+    def decode_step(self, tokens: Tensor) -> Tensor:
+        """Appends one token to each sequence.
+
+        Args:
+            tokens: `[sequences]`.
+
+        Returns:
+            Logits of the next token, `[sequences, vocab]`; valid until the next call.
+
+        Raises:
+            ConfigError: if no prompt was computed before, or max_length is reached.
+        """
+        if tokens.numel() != self.rows:
+            raise ConfigError(f"decode_step: got {tokens.numel()} tokens for {self.rows} sequences; prefill comes first")
+        if self.room == 0:
+            raise ConfigError(f"the request has reached max_length={self.max_length} tokens; compile for more")
+        self.room -= 1
+        self.tokens[: self.rows, 0] = tokens.reshape(-1)
+        return self._step()[: self.rows]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[Sequence[int]],
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 128,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        sample: Callable[[Tensor], Tensor] | None = None,
+        streamer: Any = None,
+    ) -> Tensor:
+        """Answers prompts.
+
+        Args:
+            input_ids: `[sequences, len]`, or a list of token lists.
+            attention_mask: `[sequences, len]`, 0 for pads.
+            max_new_tokens: the most tokens per answer.
+            eos_token_id: ends an answer; the model's generation config if None.
+            pad_token_id: fills answers that ended before others; likewise.
+            sample: from logits `[sequences, vocab]` to tokens `[sequences]`; the most likely one if None.
+            streamer: a streamer of transformers, for one sequence.
+
+        Returns:
+            The new tokens, `[sequences, at most max_new_tokens]`.
+
+        Raises:
+            ConfigError: if the request has more sequences or tokens than the model was compiled for.
+        """
+        prompts = self._checked(input_ids, attention_mask, max_new_tokens)
+        defaults = self.model.generation_config
+        eos_token_id = defaults.eos_token_id if eos_token_id is None else eos_token_id
+        ends = torch.tensor([] if eos_token_id is None else eos_token_id, device=self.device).reshape(-1).long()
+        pad = defaults.pad_token_id if pad_token_id is None else pad_token_id
+        pad = pad if pad is not None else int(ends[0]) if len(ends) else 0
+        self.warmup()
+        logits = self._prefill(prompts)
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
+        chosen: list[Tensor] = []
+        all_finished = _Flag(self.device)
+        for step in range(max_new_tokens):
+            tokens = logits.argmax(-1) if sample is None else sample(logits)
+            tokens = torch.where(finished, pad, tokens)
+            finished = finished | torch.isin(tokens, ends)
+            chosen.append(tokens)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            # The flag of the step before: reading this one's would make the device wait for the host.
+            if all_finished.was_set() or step == max_new_tokens - 1:
+                break
+            all_finished.set(finished.all())
+            logits = self.decode_step(tokens)
+        if streamer is not None:
+            streamer.end()
+        answer = torch.stack(chosen, dim=1)
+        return answer[:, : int(_lengths(answer, ends).max())]
+
+    # --- inside -----------------------------------------------------------------------------------------------
+
+    def _checked(
+        self, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, new: int = 0
+    ) -> list[Tensor]:
+        """The prompts one by one, without pads."""
+        if isinstance(input_ids, Tensor):
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            rows = [row[kept] for row, kept in zip(input_ids, real.bool(), strict=True)]
+        else:
+            rows = [torch.as_tensor(row) for row in input_ids]
+        if not 1 <= len(rows) <= self.batch_size:
+            raise ConfigError(f"a request of {len(rows)} sequences: compiled for batch_size={self.batch_size}")
+        longest = max(len(row) for row in rows)
+        if min(len(row) for row in rows) == 0:
+            raise ConfigError("a prompt without tokens: expected at least one token in each sequence")
+        if longest + new > self.max_length:
+            asked = f" and {new} new ones" if new else ""
+            raise ConfigError(
+                f"a prompt of {longest} tokens{asked}: compiled for max_length={self.max_length}; "
+                "shorten the request, or compile for more"
+            )
+        return [row.to(self.device) for row in rows]
+
+    def _prefill(self, prompts: list[Tensor]) -> Tensor:
+        longest = max(len(row) for row in prompts)
+        sizes = self._chunk_sizes(longest)
+        columns = sum(sizes)
+        ids = torch.zeros(self.batch_size, columns, dtype=torch.long, device=self.device)
+        for index in range(self.batch_size):  # an incomplete batch repeats its last sequence
+            row = prompts[min(index, len(prompts) - 1)]
+            ids[index, columns - len(row) :] = row
+        lengths = torch.tensor([len(prompts[min(i, len(prompts) - 1)]) for i in range(self.batch_size)])
+        self.cache.reset()
+        self.lengths.copy_(lengths)
+        self.first.copy_(columns - lengths)
+        self.cache.start(self.first)
+        done = 0
+        logits = None
+        for size in sizes:
+            logits = self._prefill_chunk(self, ids[:, done : done + size].contiguous())
+            done += size
+        assert logits is not None
+        self.cache.begin_decoding()
+        self.rows, self.room = len(prompts), self.max_length - longest
+        return logits[: self.rows]
+
+    def _chunk_sizes(self, length: int) -> list[int]:
+        whole, rest = divmod(length, self.chunks[-1])
+        return [min(size for size in self.chunks if size >= rest)] * (rest > 0) + [self.chunks[-1]] * whole
+
+    def _step(self) -> Tensor:
+        if self._graph is None:
+            return self._decode(self)
+        self._graph.replay()
+        assert self.logits is not None
+        return self.logits
+
+    def _run_everything(self) -> None:
+        """Each shape once: the first forward, not compiled, lets the cache learn the shapes of keys and values."""
+        ids = torch.ones(self.batch_size, BLOCK, dtype=torch.long, device=self.device)
+        self.model(ids, past_key_values=self.cache, logits_to_keep=1)
+        for size in self.chunks:
+            self._prefill([ids[0].repeat(-(-size // BLOCK))[: min(size, self.max_length)]])
+            self._decode(self)
+        if self.device.type == "cuda":
+            self._capture()
+        self.room = self.rows = 0
+
+    def _capture(self) -> None:
+        """The decode step as a CUDA graph."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._decode(self)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self._decode(self)
+        self._graph = graph
+
+    def _does_not_fit(self, free: int) -> DoesNotFitError:
+        """The error for `free` bytes before anything was allocated, a fifth of them reckoned for activations."""
+        per_token, fixed = self.cache.size_of(self.batch_size, self.model.dtype)
+        capacity = self.cache.max_length or 0
+        fits = max(0, int((free * 0.8 - fixed) / per_token) - self.chunks[-1]) // BLOCK * BLOCK
+        self.cache = SWAACache(self.model.config, max_length=capacity)  # what was allocated goes
+        gib = 1 << 30
+        return DoesNotFitError(
+            f"max_length={self.max_length} with batch_size={self.batch_size} needs "
+            f"{(per_token * capacity + fixed) / gib:.1f} GiB of keys and values, and {free / gib:.1f} GiB were free; "
+            f"max_length={fits} would fit"
+        )
+
+
+def _own(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A copy with a code object of its own: torch.compile counts what it compiled per code object."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+def _prefill_chunk(compiled: CompiledModel, ids: Tensor) -> Tensor:
+    seen = compiled.cache.get_seq_length()
+    columns = torch.arange(ids.shape[1], device=ids.device) + seen
+    out = compiled.model(
+        input_ids=ids,
+        position_ids=(columns - compiled.first[:, None]).clamp(min=0),
+        past_key_values=compiled.cache,
+        prompt_lengths=compiled.lengths,
+        logits_to_keep=1,
+    )
+    return out.logits[:, -1]  # type: ignore[no-any-return]
+
+
+def _decode(compiled: CompiledModel) -> Tensor:
+    seen = compiled.cache.get_seq_length()
+    out = compiled.model(
+        input_ids=compiled.tokens,
+        position_ids=(seen - compiled.first)[:, None],
+        past_key_values=compiled.cache,
+    )
+    return out.logits[:, -1]  # type: ignore[no-any-return]
+
+
+class _Flag:
+    """A bool of the device, read without making the device wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.value = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
+        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    def set(self, value: Tensor) -> None:
+        self.value.copy_(value, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
+
+    def was_set(self) -> bool:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return bool(self.value)
+
+
+def _lengths(answer: Tensor, ends: Tensor) -> Tensor:
+    """Tokens of each answer up to the one that ends it, `[sequences]`."""
+    is_end = torch.isin(answer, ends)
+    return torch.where(is_end.any(-1), is_end.int().argmax(-1) + 1, answer.shape[1])
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
