@@ -24,6 +24,7 @@ RECIPES = [
     for decode in (False, True)
     for tail in (0, 5)
 ]
+RECIPES.append(SWAAConfig(sliding_window=WINDOW, sink_tokens=0, full_attention_layers=[0], full_attention_decode=False))
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 MODELS = {
     "llama": {},

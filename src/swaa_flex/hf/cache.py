@@ -256,6 +256,11 @@ class Stored:
     ring: bool = False  # ... unless the slots after the sinks are a ring
 
     @property
+    def complete(self) -> bool:
+        """Whether slot and column are the same, because nothing has been released."""
+        return not self.ring and isinstance(self.start, int) and self.start == 0
+
+    @property
     def releases(self) -> bool:
         """Whether the layer releases keys."""
         return isinstance(self.layer, _RELEASING)
@@ -332,9 +337,9 @@ class SinksAndWindowLayer(DynamicLayer):  # type: ignore[misc]
 
     def _release(self) -> None:
         self.due = False
-        slots, start = self.layout
+        start = self.layout[1]
         kept_from = self.length - (self.sliding_window - 1) - self.slack
-        if kept_from <= (start if slots else self.sink_tokens):
+        if kept_from <= (start or self.sink_tokens):
             return
         self.keys, self.values = (self._without(x, kept_from) for x in (self.keys, self.values))
         self.layout = (self.sink_tokens, kept_from)
@@ -352,8 +357,8 @@ class SinksAndWindowLayer(DynamicLayer):  # type: ignore[misc]
 
     def can_crop(self, tokens: int) -> bool:
         """Whether the layer holds the window of the token that comes after taking back that many."""
-        slots, start = self.layout
-        return slots == 0 or tokens == 0 or self.length - tokens - (self.sliding_window - 1) >= start
+        start = self.layout[1]
+        return start == 0 or tokens == 0 or self.length - tokens - (self.sliding_window - 1) >= start
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -229,8 +229,7 @@ class ForwardMask(BlockMask):
         variant = (kind, needs_grad)
         if variant not in self.plans:
             batch, _, q_len, kv_len = self.sizes
-            released = source is not None and (source.ring or source.sink_slots > 0)
-            if key.shape[2] != kv_len and not (released or (source is not None and self.kv_offset == 0)):
+            if source is None and key.shape[2] != kv_len:
                 raise MaskError(
                     f"layer {layer} attends to {key.shape[2]} keys and the mask is for {kv_len}; the layers of "
                     "the cache must be as long as it announces"
@@ -249,7 +248,7 @@ class ForwardMask(BlockMask):
                 begin = 0 if first is None else first
                 ring = key.shape[2] - source.sink_slots
                 mask = kv_positions(mask, ring_columns(self.q_offset + 1, begin, source.sink_slots, ring))
-            elif source is not None and source.sink_slots:
+            elif source is not None and not source.complete:
                 mask = sinks_and_tail(mask, source.sink_slots, start=source.start, first=0 if first is None else first)
             else:
                 mask = offset(mask, kv=self.kv_offset)
