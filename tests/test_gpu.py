@@ -8,7 +8,7 @@ from test_models import batch, tiny
 from torch.nn.attention.flex_attention import create_block_mask
 
 import swaa_flex
-from swaa_flex import attention, backends
+from swaa_flex import SWAACache, SWAAConfig, attention, backends
 from swaa_flex.masks import causal, from_mask_mod, heads, left_padded, packed, rows_from, sinks, window
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -225,3 +225,87 @@ def test_a_compiled_model_equals_the_eager_one():
             ids = torch.randint(3, 99, (1, length), device="cuda")
             ours = compiled(ids, use_cache=False).logits
             torch.testing.assert_close(ours, model(ids, use_cache=False).logits, atol=1e-3, rtol=1e-3)
+
+
+# --- caches and compiled models -------------------------------------------------------------------------------
+
+
+def recipe(decode, tail, full=(1, 3)):
+    return SWAAConfig(
+        sliding_window=48,
+        sink_tokens=5,
+        full_attention_layers=full,
+        full_attention_decode=decode,
+        dense_tail=tail,
+    )
+
+
+CACHE_RECIPES = [recipe(False, 5, ()), recipe(False, 0), recipe(True, 5)]
+LAYER_TYPES = ["sliding_attention", "full_attention"] * 2
+DECODING = {"llama": {}, "qwen3": {"num_attention_heads": 6}, "gemma3_text": {"layer_types": LAYER_TYPES}}
+
+
+def on_gpu(family, config, dtype=torch.float32):
+    model = tiny(family, head_dim=32, **DECODING[family]).to("cuda", dtype)
+    model.config.swaa = config
+    return model
+
+
+def padded(length, pads):
+    return {name: tensor.cuda() for name, tensor in batch(length, pads).items()}
+
+
+@pytest.mark.parametrize("config", CACHE_RECIPES, ids=repr)
+@pytest.mark.parametrize("family", DECODING)
+def test_compiled_model_never_compiles_again_and_equals_eager(family, config):
+    model = on_gpu(family, config)
+    compiled = swaa_flex.compile(model, max_length=640, batch_size=2, prefill_chunk=256).warmup()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for length in range(10, 410, 20):
+        inputs = padded(length, min(13, length - 2))
+        ours = compiled.generate(**inputs, max_new_tokens=10)
+        eager = model.generate(**inputs, max_new_tokens=10, do_sample=False)[:, length:]
+        assert torch.equal(ours, eager)
+    ours = compiled.generate(**inputs, max_new_tokens=200)
+    cache = SWAACache(model.config)
+    assert torch.equal(ours, model.generate(**inputs, max_new_tokens=200, past_key_values=cache)[:, length:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_decode_step_does_not_synchronise():
+    model = on_gpu("llama", CACHE_RECIPES[2])
+    compiled = swaa_flex.compile(model, max_length=640, prefill_chunk=128)
+    logits = compiled.prefill(padded(100, 3)["input_ids"][1:])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            logits = compiled.decode_step(logits.argmax(-1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("config", CACHE_RECIPES, ids=repr)
+def test_generate_compiles_itself_with_a_static_cache(config):
+    model, inputs = on_gpu("llama", config), padded(100, 13)
+    kwargs = {**inputs, "max_new_tokens": 80, "do_sample": False}
+    eager = model.generate(**kwargs)
+    assert torch.equal(model.generate(**kwargs, cache_implementation="static"), eager)
+    for _ in range(2):
+        assert torch.equal(model.generate(**kwargs, past_key_values=SWAACache(model.config, max_length=256)), eager)
+
+
+@pytest.mark.parametrize("config", CACHE_RECIPES, ids=repr)
+def test_a_forward_compiled_by_the_user_decodes(config):
+    model, inputs = on_gpu("llama", config), padded(100, 0)
+    expected = model.generate(**inputs, max_new_tokens=80, do_sample=False)[:, 100:]
+    step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+    cache = SWAACache(model.config, max_length=256)
+    with torch.no_grad():
+        tokens = model(**inputs, past_key_values=cache).logits[:, -1:].argmax(-1)
+        chosen = [tokens]
+        for position in range(100, 179):
+            at = torch.full((2, 1), position, device="cuda")
+            tokens = step(tokens, position_ids=at, past_key_values=cache).logits[:, -1:].argmax(-1).clone()
+            chosen.append(tokens)
+    assert torch.equal(torch.cat(chosen, 1), expected)

@@ -26,6 +26,7 @@ class Mask:
     """
 
     _precedence: ClassVar[int] = 3
+    _looks_at_heads: ClassVar[bool] = False
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """Whether query row `q_idx` of batch entry `b` and query head `h` sees key `kv_idx`.
@@ -63,6 +64,12 @@ class Mask:
     def num_heads(self) -> int | None:
         """Number of query heads that the mask distinguishes, or None if it is the same for all."""
         return self._common("num_heads")
+
+    @property
+    def looks_at_heads(self) -> bool:
+        """Whether its answer may depend on the head."""
+        parts = (mask for value in self._values() for mask in _masks_in(value))
+        return self._looks_at_heads or any(part.looks_at_heads for part in parts)
 
     @property
     def structure(self) -> tuple[Any, ...]:

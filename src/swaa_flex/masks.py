@@ -357,6 +357,8 @@ class _RowsFrom(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Heads(Mask):
+    _looks_at_heads = True
+
     selected: Tensor
     then: Mask
     otherwise: Mask
@@ -384,6 +386,8 @@ class _Heads(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Function(Mask):
+    _looks_at_heads = True  # for all we know
+
     mask_mod: MaskMod
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

@@ -273,15 +273,23 @@ class CompiledModel:
         return self.logits
 
     def _run_everything(self) -> None:
-        """Each shape once: the first forward, not compiled, lets the cache learn the shapes of keys and values."""
-        ids = torch.ones(self.batch_size, BLOCK, dtype=torch.long, device=self.device)
-        self.model(ids, past_key_values=self.cache, logits_to_keep=1)
+        """Each shape once."""
+        self._initialise()
         for size in self.chunks:
-            self._prefill([ids[0].repeat(-(-size // BLOCK))[: min(size, self.max_length)]])
-            self._decode(self)
+            self._prefill([torch.ones(min(size, self.max_length), dtype=torch.long, device=self.device)])
+        self._warm_decode()
+        self.room = self.rows = 0
+
+    def _initialise(self) -> None:
+        """A forward that is not compiled lets the cache learn the shapes of keys and values."""
+        ids = torch.ones(self.batch_size, BLOCK, dtype=torch.long, device=self.device)
+        self.model(ids, past_key_values=self.cache, prompt_lengths=BLOCK, logits_to_keep=1)
+        self.cache.begin_decoding()
+
+    def _warm_decode(self) -> None:
+        self._decode(self)
         if self.device.type == "cuda":
             self._capture()
-        self.room = self.rows = 0
 
     def _capture(self) -> None:
         """The decode step as a CUDA graph."""
