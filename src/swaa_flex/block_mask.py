@@ -235,7 +235,7 @@ def _listed(ranges: list[Range], width: int, like: Tensor) -> tuple[Tensor, Tens
         shift = torch.where(slot >= count[..., None], (start - count)[..., None], shift)
         count = count + (stop - start)
     indices = torch.where(slot < count[..., None], slot + shift, 0)
-    return count.contiguous(), indices.contiguous()
+    return _laid_out(count), _laid_out(indices)
 
 
 def _transposed(ranges: list[Range], kv_blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,4 +245,18 @@ def _transposed(ranges: list[Range], kv_blocks: int, like: Tensor) -> tuple[Tens
     for start, stop in ranges:
         listed = listed | ((block >= start[:, :, None]) & (block < stop[:, :, None]))
     order = listed.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return listed.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()
+    return _laid_out(listed.sum(-1, dtype=torch.int32)), _laid_out(order.to(torch.int32))
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """`x` contiguous in memory, in a compiled graph too.
+
+    There inductor may still lay out a computed tensor in another order after the template of flex_attention has read
+    its strides, and the kernel then reads garbage as block indices (torch 2.11). A view with strides settles them.
+    """
+    if not torch.compiler.is_compiling():
+        return x.contiguous()
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return x.as_strided(x.shape, strides)

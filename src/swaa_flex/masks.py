@@ -326,7 +326,9 @@ class _RowsFrom(Mask):
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         start = self.start
-        return q_idx >= (start[b] if isinstance(start, Tensor) and start.numel() > 1 else start)
+        if isinstance(start, Tensor) and start.dim() == 1:
+            start = start[b if start.numel() > 1 else b * 0]
+        return q_idx >= start
 
     def bounds(self, rows: Rows) -> Bounds:
         start = self.start
