@@ -95,4 +95,5 @@ def attention_forward(
     assert isinstance(result, Tensor)
     if source is not None:
         mask.after_attention(source, key, value, info)
+    mask.forget_if_last(module)
     return result.transpose(1, 2).contiguous(), None

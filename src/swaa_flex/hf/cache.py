@@ -190,6 +190,14 @@ class SWAACache(Cache):
             if isinstance(layer, _RELEASING):
                 layer.begin_decoding()
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and first column of the keys that a layer's attention will work on."""
+        for layer in self.layers:  # asked of one layer only, before a forward that may be compiled
+            if isinstance(layer, StaticSinksAndWindowLayer):
+                layer.expect(query_length)
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
     def reset(self) -> None:
         """Forgets every token; the cache can be used for another batch, or after an interrupted forward."""
         self.first = None
@@ -425,10 +433,18 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
             _keep_address(self.first)
         if not self.holding:
             self.ring = self.keys, self.values
+        elif self.ring is None:
+            # Made here, not where decoding begins: that may be inside a CUDA graph, which would own the memory.
+            self.ring = self._empty_ring(self.keys), self._empty_ring(self.values)
+
+    def _empty_ring(self, like: Tensor) -> Tensor:
+        ring = like.new_zeros((*like.shape[:2], self.slots, like.shape[3]))
+        _keep_address(ring)
+        return ring
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new = key_states.shape[-2]
-        self._begin_decoding(new)
+        self.expect(new)
         if self.holding:
             self.layout, self.empty = (0, 0, False), False
             keys, values = super().update(key_states, value_states)
@@ -472,7 +488,7 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
             self.first.copy_(first)
         if self.holding:
             self.lengths_known = lengths_known
-            if decoding:
+            if decoding and not torch.compiler.is_compiling():
                 self.begin_decoding()
             return
         start = out.start[:, None] if isinstance(out.start, Tensor) else out.start
@@ -488,8 +504,11 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
         assert self.first is not None
         return ring_columns(self.cumulative_length, self.first, self.sink_tokens, self.sliding_window)
 
-    def _begin_decoding(self, query_length: int) -> None:
+    def expect(self, query_length: int) -> None:
         """One new token is a decode row, unless the caller says where prompts end."""
+        # Not inside a compiled graph: that would be one more graph for the first token, and holding on is right too.
+        if torch.compiler.is_compiling():
+            return
         if self.holding and query_length == 1 and not self.empty and not self.lengths_known:
             self.begin_decoding()
 
@@ -508,20 +527,14 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
         if not self.holding:
             return
         column = self._columns().clamp(min=0)
-        keys, values = _take(self.keys, column), _take(self.values, column)
-        if self.ring is None:
-            self.ring = keys, values
-            _keep_address(keys)
-            _keep_address(values)
-        else:  # compiled code knows their address
-            self.ring[0].copy_(keys)
-            self.ring[1].copy_(values)
+        assert self.ring is not None
+        for ring, held in zip(self.ring, (self.keys, self.values), strict=True):
+            ring.copy_(_take(held, column))
         self.keys, self.values = self.ring
         self.max_cache_len = self.slots
         self.holding = False
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        self._begin_decoding(query_length)
         if self.holding:
             return self.max_length, 0
         if self.empty:

@@ -28,7 +28,7 @@ def compile(
     batch_size: int = 1,
     prefill_chunk: int = 2048,
     options: dict[str, Any] | None = None,
-    backend: str | Callable[..., Any] = "inductor",
+    backend: str | Callable[..., Any] | None = None,
 ) -> CompiledModel:
     """Prepares a model for serving requests of up to `max_length` tokens without any compilation after `warmup`.
 
@@ -39,7 +39,8 @@ def compile(
         prefill_chunk: tokens of a prompt that are computed at once; a multiple of 128.
         options: of `torch.compile` for the decode step, such as `{"coordinate_descent_tuning": True}` (slower to
             compile, faster at batch size 1).
-        backend: of `torch.compile`.
+        backend: of `torch.compile`; None: "inductor" on a GPU, no compilation on a CPU (inductor cannot lower masks
+            that are built inside the graph there, and the chunked backend is made for uncompiled models).
 
     Returns:
         The compiled model. Nothing is compiled before its `warmup` or its first request.
@@ -67,7 +68,7 @@ class CompiledModel:
         batch_size: int,
         prefill_chunk: int,
         options: dict[str, Any] | None,
-        backend: str | Callable[..., Any],
+        backend: str | Callable[..., Any] | None,
     ) -> None:
         for name, value in (("max_length", max_length), ("batch_size", batch_size), ("prefill_chunk", prefill_chunk)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -93,9 +94,10 @@ class CompiledModel:
         self.logits: Tensor | None = None
         self.rows = 0  # sequences of the request, at most batch_size
         self.room = 0  # decode steps that the request may still take
-        kwargs: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
-        self._prefill_chunk = torch.compile(_own(_prefill_chunk), **kwargs)
-        self._decode = torch.compile(_own(_decode), **kwargs, options=options)
+        if backend is None and self.device.type == "cuda":
+            backend = "inductor"
+        self._prefill_chunk = _compiled(_prefill_chunk, backend)
+        self._decode = _compiled(_decode, backend, options)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_warm = False
 
@@ -317,9 +319,14 @@ class CompiledModel:
         )
 
 
-def _own(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A copy with a code object of its own: torch.compile counts what it compiled per code object."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+def _compiled(
+    function: Callable[..., Tensor], backend: str | Callable[..., Any] | None, options: dict[str, Any] | None = None
+) -> Callable[..., Tensor]:
+    if backend is None:
+        return function
+    # A code object of its own: torch.compile counts per code object what it has compiled.
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
 def _prefill_chunk(compiled: CompiledModel, ids: Tensor) -> Tensor:

@@ -228,6 +228,8 @@ class ForwardMask(BlockMask):
         kind = config.resolve(self.config.num_hidden_layers)[layer]
         variant = (kind, needs_grad)
         if variant not in self.plans:
+            if torch.compiler.is_compiling():
+                _touched.append(self)
             batch, _, q_len, kv_len = self.sizes
             if source is None and key.shape[2] != kv_len:
                 raise MaskError(
@@ -281,6 +283,18 @@ class ForwardMask(BlockMask):
         tail = config.dense_tail if info.dense_tail is None else info.dense_tail
         first = self._ends(source)[0]
         source.release(key, value, first, info.says_where, self._decoding(info, tail, first))
+
+    def forget_if_last(self, module: nn.Module) -> None:
+        """In a compiled forward, drops what was made for it, after its last layer.
+
+        `generate` makes masks outside of compiled forwards. What a graph leaves in objects from outside, torch.compile
+        has to put together again after the graph, which it cannot do for a plan.
+        """
+        if torch.compiler.is_compiling() and module.layer_idx == self.config.num_hidden_layers - 1:
+            for mask in _touched:
+                mask.plans.clear()
+                mask.memo.clear()
+            _touched.clear()
 
     def _decoding(self, info: PromptInfo, tail: int, first: Tensor | None) -> bool:
         """Whether no row of a prompt is to come that sees more than sinks and window: all sequences are decoding."""
@@ -431,6 +445,7 @@ class ForwardMask(BlockMask):
         _prompt_ends[module] = self.q_offset + self.sizes[2]
 
 
+_touched: list[ForwardMask] = []  # masks with plans of the forward that is being traced
 _prompt_ends: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
