@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and short contexts")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--methods", default="swaa_flex,sdpa eager,sdpa compiled,flex compiled")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after that many seconds")
     parser.add_argument("--out", type=Path, help="folder for decode_<device>_batch<n>.json and .png")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,21 +97,7 @@ def main() -> None:
     console = Console(width=120)
     console.print(f"{describe(device)}; read bandwidth {bandwidth / 1e9:.0f} GB/s")
     results: list[Result] = []
-
-    def report(result: Result) -> None:
-        results.append(result)
-        console.print(line(result))
-
-    model = make_model(config)
-    methods = arguments.methods.split(",")
-    if "swaa_flex" in methods:
-        for recipe in RECIPES:
-            run_ours(model, recipe, config, bandwidth, report)
-    for method in STOCK:
-        if method in methods:
-            run_stock(model, method, config, bandwidth, report)
-    console.print(table(results, config))
-    data = {
+    data: dict[str, Any] = {
         "benchmark": "decode",
         "date": datetime.date.today().isoformat(),
         "command": f"python benchmarks/decode.py --batch {config.batch}" + " --quick" * arguments.quick,
@@ -124,13 +111,29 @@ def main() -> None:
         "read_bandwidth_gb_s": round(bandwidth / 1e9, 1),
         "config": asdict(config),
         "recipes": {name: recipe.to_dict() for name, recipe in RECIPES.items()},
-        "results": [asdict(result) for result in results],
     }
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        name = f"decode_{device}_batch{config.batch}"
-        (arguments.out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-        plot(results, data, arguments.out / f"{name}.png")
+    path = arguments.out and arguments.out / f"decode_{device}_batch{config.batch}.json"
+
+    def report(result: Result) -> None:
+        results.append(result)
+        console.print(line(result))
+        if path:  # at once: nothing is lost if a later method fails
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(data | {"results": [asdict(r) for r in results]}, indent=1) + "\n")
+
+    begun = time.perf_counter()
+    model = make_model(config)
+    methods = arguments.methods.split(",")
+    runs = [(run_ours, recipe) for recipe in RECIPES if "swaa_flex" in methods]
+    runs += [(run_stock, method) for method in STOCK if method in methods]
+    for run, name in runs:
+        if time.perf_counter() - begun < arguments.seconds:
+            run(model, name, config, bandwidth, report)
+        else:
+            console.print(f"not run, out of time: {name}")
+    console.print(table(results, config))
+    if path:
+        plot(results, data, path.with_suffix(".png"))
     brief = [(r.method, r.recipe, r.context, r.ms_per_token, round(r.floor_ms, 3)) for r in results]
     print(json.dumps({key: data[key] for key in ("benchmark", "machine", "versions")} | {"results": brief}))
 

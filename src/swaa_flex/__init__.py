@@ -4,6 +4,7 @@ from . import masks, recipes
 from ._version import __version__
 from .algebra import Mask
 from .block_mask import build_block_mask
+from .compile_cache import load_compile_cache, save_compile_cache
 from .config import SWAAConfig
 from .errors import BackendUnavailableError, ConfigError, DoesNotFitError, MaskError, UnsupportedModelError
 from .hf import CompiledModel, SWAACache, adapt, compile, prompt, restore
@@ -26,9 +27,11 @@ __all__ = [
     "attention",
     "build_block_mask",
     "compile",
+    "load_compile_cache",
     "masks",
     "plan",
     "prompt",
     "recipes",
     "restore",
+    "save_compile_cache",
 ]
