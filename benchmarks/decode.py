@@ -40,9 +40,11 @@ QWEN3_4B = {
     "max_position_embeddings": 1 << 20,
     "tie_word_embeddings": True,
 }
-TINY = QWEN3_4B | {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4} | {
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16
-}
+TINY = (
+    QWEN3_4B
+    | {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+)
 RECIPES = {
     "full": SWAAConfig(sliding_window=None),
     "1/2 full": SWAAConfig(2048, 128, "1::2", False, 0),
@@ -80,7 +82,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and short contexts")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--methods", default="swaa_flex,sdpa eager,sdpa compiled,flex compiled")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing new after that many seconds")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start nothing new after that many seconds"
+    )
     parser.add_argument("--out", type=Path, help="folder for decode_<device>_batch<n>.json and .png")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

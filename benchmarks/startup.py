@@ -50,7 +50,11 @@ def main() -> None:
                 "TRITON_CACHE_DIR": f"{folder}/{process}/triton",
             }
             done = subprocess.run(
-                [*command, *["--quick"] * arguments.quick], env=environment, stdout=subprocess.PIPE, text=True, check=True
+                [*command, *["--quick"] * arguments.quick],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
             )
             results[process] = json.loads(done.stdout.splitlines()[-1])
             print(process, results[process], flush=True)

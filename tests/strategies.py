@@ -37,7 +37,19 @@ def compositions(draw: st.DrawFn, length: int, depth: int = 3) -> Mask:
 
     kinds = ["causal", "window", "sinks", "rows_from", "rows_per_sequence", "rows_where", "documents", "function"]
     if depth > 0:
-        kinds += ["and", "and", "or", "or", "not", "heads", "offset", "packed", "left_padded", "kv_positions", "sinks_and_tail"]
+        kinds += [
+            "and",
+            "and",
+            "or",
+            "or",
+            "not",
+            "heads",
+            "offset",
+            "packed",
+            "left_padded",
+            "kv_positions",
+            "sinks_and_tail",
+        ]
     kind = draw(st.sampled_from(kinds))
     part = compositions(length, depth - 1)
     match kind:

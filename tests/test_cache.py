@@ -24,7 +24,7 @@ RECIPES = [
     for decode in (False, True)
     for tail in (0, 5)
 ]
-RECIPES.append(SWAAConfig(sliding_window=WINDOW, sink_tokens=0, full_attention_layers=[0], full_attention_decode=False))
+RECIPES.append(SWAAConfig(WINDOW, 0, [0], False, 5))
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 MODELS = {
     "llama": {},
@@ -153,3 +153,188 @@ def test_a_second_turn(model, pads, user):
             expected = truth(model, config, second.sequences, whole, answers)
             for ours, columns in ((first, range(LENGTH - 1, LENGTH + 5)), (second, range(end - 1, end + 7))):
                 torch.testing.assert_close(torch.stack(ours.logits, 1), expected[:, columns], atol=1e-5, rtol=1e-5)
+
+
+# --- the verbs of a cache ---------------------------------------------------------------------------------------
+
+RELEASING = SWAAConfig(
+    sliding_window=WINDOW, sink_tokens=SINKS, full_attention_layers=(), full_attention_decode=False, dense_tail=0
+)
+
+
+@pytest.fixture
+def llama():
+    model = tiny("llama")
+    model.config.swaa = RELEASING
+    return model
+
+
+@torch.no_grad()
+def forward(model, ids, cache, **kwargs):
+    return model(ids, past_key_values=cache, **kwargs).logits
+
+
+def test_released_layers_hold_sinks_and_window_and_say_so(llama):
+    cache, ids = SWAACache(llama.config), torch.randint(3, 99, (2, 50))
+    forward(llama, ids, cache)
+    token = 2 * 2 * 2 * 8 * 4  # keys and values, batch, kv heads, head_dim, bytes
+    assert cache.get_seq_length() == 50
+    assert cache.memory() == {"full": 0, "window": 4 * 10 * token, "native": 0, "total": 4 * 10 * token}
+    llama.config.swaa = SWAAConfig(WINDOW, SINKS, [1, 3], False, 0)
+    half = SWAACache(llama.config)
+    forward(llama, ids, half)
+    assert half.memory() == {"full": 2 * 50 * token, "window": 2 * 10 * token, "native": 0, "total": 120 * token}
+    fixed = SWAACache(llama.config, max_length=64)
+    forward(llama, ids, fixed)
+    assert fixed.memory()["window"] == 2 * 11 * token
+    assert fixed.memory()["full"] == 2 * 64 * token
+
+
+def test_a_dense_tail_holds_the_prompt_until_decoding_begins(llama):
+    llama.config.swaa = SWAAConfig(WINDOW, SINKS, (), False, 5)
+    for cache in caches(llama):
+        forward(llama, torch.randint(3, 99, (1, 50)), cache)
+        held = cache.memory()["window"]
+        forward(llama, torch.randint(3, 99, (1, 1)), cache)
+        assert cache.memory()["window"] < held / 3
+
+
+@pytest.mark.parametrize("slack", [0, 6])
+def test_crop_takes_back_as_many_tokens_as_the_slack(llama, slack):
+    ids, other = torch.randint(3, 99, (1, 60)), torch.randint(3, 99, (1, 9))
+    cache, expected = SWAACache(llama.config, slack=slack), SWAACache(llama.config)
+    forward(llama, ids[:, :30], cache)
+    forward(llama, ids[:, 30:], cache)
+    if slack == 0:
+        with pytest.raises(ConfigError, match=r"crop\(-6\).*released.*slack=6"):
+            cache.crop(-6)
+        return
+    cache.crop(-6)
+    forward(llama, ids[:, :54], expected)
+    assert cache.get_seq_length() == 54
+    ours, theirs = (forward(llama, other, c) for c in (cache, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"crop\(-9\).*released.*slack=9"):
+        cache.crop(-9)
+
+
+def test_a_fixed_cache_cannot_be_cropped(llama):
+    with pytest.raises(ConfigError, match="without max_length"):
+        SWAACache(llama.config, max_length=40).crop(-1)
+
+
+@pytest.mark.parametrize("pads", [0, 13])
+def test_sequences_are_repeated_selected_and_reordered(llama, pads):
+    inputs = batch(40, pads)
+    cache = SWAACache(llama.config)
+    forward(llama, inputs["input_ids"], cache, attention_mask=inputs["attention_mask"])
+    order = torch.tensor([3, 0, 2])
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(order)
+    cache.reorder_cache(torch.tensor([2, 1, 0]))
+    rows = torch.tensor([1, 0, 1])  # of the two sequences
+    expected = SWAACache(llama.config)
+    mask = inputs["attention_mask"][rows]
+    forward(llama, inputs["input_ids"][rows], expected, attention_mask=mask)
+    more, longer = torch.randint(3, 99, (3, 12)), torch.nn.functional.pad(mask, (0, 12), value=1)
+    ours, theirs = (forward(llama, more, c, attention_mask=longer) for c in (cache, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_is_as_new_after_reset(llama):
+    ids = torch.randint(3, 99, (1, 40))
+    for config in each_recipe(llama):
+        for cache in caches(llama):
+            once = llama.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache)
+            cache.reset()
+            assert cache.get_seq_length() == 0, config
+            assert torch.equal(llama.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache), once)
+
+
+def test_a_prefix_is_reused_by_copying_its_cache(llama):
+    prefix, rest = torch.randint(3, 99, (1, 40)), [torch.randint(3, 99, (1, n)) for n in (1, 5, 20)]
+    for config in each_recipe(llama):
+        for cache in caches(llama, prompt_lengths=100):
+            forward(llama, prefix, cache)
+            # Rows of the prefix stay as they were computed, so the dense tail has to lie in the remainder.
+            for remainder in (r for r in rest if r.shape[1] >= config.dense_tail):
+                whole = torch.cat([prefix, remainder], 1)
+                length = whole.shape[1]
+                used = copy.deepcopy(cache)
+                used.prompt_lengths = length
+                ours = forward(llama, remainder, used)[:, -1]
+                theirs = truth(llama, config, whole, torch.ones_like(whole), [(length, length)])[:, -1]
+                torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_pads_may_be_told_to_the_cache_instead_of_every_forward(llama):
+    inputs = batch(40, 13)
+    position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    more = torch.randint(3, 99, (2, 6))
+    for max_length in CACHES.values():
+        told = SWAACache(llama.config, max_length=max_length, attention_mask=inputs["attention_mask"])
+        each = SWAACache(llama.config, max_length=max_length)
+        forward(llama, inputs["input_ids"], told, position_ids=position_ids)
+        forward(llama, inputs["input_ids"], each, attention_mask=inputs["attention_mask"], position_ids=position_ids)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
+        later = position_ids[:, -1:] + 1 + torch.arange(6)
+        ours = forward(llama, more, told, position_ids=later)
+        theirs = forward(llama, more, each, attention_mask=mask, position_ids=later)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------
+
+
+def test_a_cache_of_another_recipe_or_model_is_refused_by_name(llama):
+    ids, cache = torch.randint(3, 99, (1, 20)), SWAACache(llama.config)
+    swaa_flex.adapt(llama, "naive")
+    with pytest.raises(
+        ConfigError, match=r"made for SWAAConfig\(sliding_window=8.*runs SWAAConfig\(sliding_window=2048"
+    ):
+        forward(llama, ids, cache)
+    shallow = tiny("llama", num_hidden_layers=2)
+    shallow.config.swaa = RELEASING
+    with pytest.raises(ConfigError, match="made for a llama model of 2 layers"):
+        forward(llama, ids, SWAACache(shallow.config))
+    with pytest.raises(ConfigError, match="made for a llama model of 4 layers and this one is qwen3"):
+        forward(tiny("qwen3"), ids, SWAACache(llama.config))
+
+
+def test_another_batch_is_refused_by_name(llama):
+    for cache in caches(llama):
+        forward(llama, torch.randint(3, 99, (2, 20)), cache)
+        with pytest.raises(ConfigError, match=r"batch, kv_heads, head_dim\] = \[2, 2, 8\] and is given \[3, 2, 8\]"):
+            forward(llama, torch.randint(3, 99, (3, 4)), cache)
+
+
+@pytest.mark.parametrize("arguments", [{"max_length": 0}, {"max_length": True}, {"slack": -1}, {"max_length": 2.5}])
+def test_sizes_that_make_no_sense_are_refused(llama, arguments):
+    ((name, value),) = arguments.items()
+    with pytest.raises(ConfigError, match=f"{name}={value}: expected"):
+        SWAACache(llama.config, **arguments)
+
+
+def test_model_and_cache_are_usable_after_an_interrupt(llama):
+    ids = torch.randint(3, 99, (1, 40))
+    expected = llama.generate(ids, max_new_tokens=12, do_sample=False)
+    calls = []
+
+    def interrupt(module, arguments):
+        calls.append(module)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    for cache in caches(llama):
+        calls.clear()
+        hook = llama.model.layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt), swaa_flex.prompt(40):
+            llama.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache)
+        hook.remove()
+        # Some layers have one token more than others: not to be continued, which the cache says, but to be reset.
+        with pytest.raises(ConfigError, match=r"interrupted.*reset\(\)"):
+            llama.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache)
+        cache.reset()
+        again = llama.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache)
+        assert torch.equal(again, expected)
+        assert torch.equal(llama.generate(ids, max_new_tokens=12, do_sample=False), expected)

@@ -53,11 +53,16 @@ def load_compile_cache(path: str | os.PathLike[str]) -> None:
     if not data.startswith(_MAGIC):
         raise ConfigError(f"{path}: expected a file that swaa_flex.save_compile_cache wrote")
     header, _, artifacts = data[len(_MAGIC) :].partition(b"\n")
-    made, here = json.loads(header), _machine()
-    if made != here:
-        differs = ", ".join(f"{name}: {made.get(name)} there, {here[name]} here" for name in here if made.get(name) != here[name])
-        raise ConfigError(f"{path}: made for another machine ({differs}); compile here and save again")
-    torch.compiler.load_cache_artifacts(artifacts)
+    try:
+        made = dict(json.loads(header))
+    except ValueError as error:
+        raise ConfigError(f"{path}: its header is damaged; compile again and save it anew") from error
+    here = _machine()
+    differs = [f"{name}: {made.get(name)} there, {here[name]} here" for name in here if made.get(name) != here[name]]
+    if differs:
+        raise ConfigError(f"{path}: made for another machine ({', '.join(differs)}); compile here and save again")
+    if torch.compiler.load_cache_artifacts(artifacts) is None:
+        raise ConfigError(f"{path}: its contents are damaged; compile again and save it anew")
 
 
 def _machine() -> dict[str, str]:

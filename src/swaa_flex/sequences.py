@@ -167,7 +167,10 @@ class SinksAndTail(Mask):
     first: int | Tensor
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        start, first = (v[b] if isinstance(v, Tensor) and v.dim() == 1 else v for v in (self.start, self.first))
+        start, first = (
+            v[b if v.shape[0] > 1 else b * 0] if isinstance(v, Tensor) and v.dim() == 1 else v
+            for v in (self.start, self.first)
+        )
         in_tail = kv_idx >= self.sink_slots
         column = kv_idx + torch.where(in_tail, start - self.sink_slots, first)
         held = torch.where(in_tail, column >= first, column < start)
@@ -191,11 +194,13 @@ class SinksAndTail(Mask):
 
     @property
     def batch_size(self) -> int | None:
-        sizes = [v.shape[0] for v in (self.start, self.first) if isinstance(v, Tensor) and v.dim() == 1]
-        return sizes[0] if sizes else self.mask.batch_size
+        ends = [v for v in (self.start, self.first) if isinstance(v, Tensor) and v.dim() == 1 and v.shape[0] > 1]
+        return ends[0].shape[0] if ends else self.mask.batch_size
 
     def __repr__(self) -> str:
-        return f"sinks_and_tail({self.mask!r}, {self.sink_slots}, start={brief(self.start)}, first={brief(self.first)})"
+        return (
+            f"sinks_and_tail({self.mask!r}, {self.sink_slots}, start={brief(self.start)}, first={brief(self.first)})"
+        )
 
 
 @dataclass(frozen=True, eq=False)

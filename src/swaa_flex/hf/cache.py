@@ -8,7 +8,7 @@ left pads included; the attention mask of a layer learns from `Stored` which col
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,16 +79,16 @@ class SWAACache(Cache):
         self.swaa = swaa = swaa_of(config)
         self.max_length = max_length
         self.prompt_lengths = prompt_lengths
-        self.first: Tensor | None = None
+        self._pads = pads = Pads()
         if attention_mask is not None:
-            self.first = attention_mask.bool().int().argmax(-1)
+            pads.set(attention_mask.bool().int().argmax(-1))
         kinds = swaa.resolve(config.num_hidden_layers)
         stock = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
         layers: list[Any] = list(stock.layers)
         for index, layer in enumerate(layers):
             if type(layer) is StaticSlidingWindowLayer and max_length is not None:
                 # transformers' own counts tokens in a Python int, for which compiled code would be made again.
-                layers[index] = StaticSinksAndWindowLayer(max_length, 0, layer.max_cache_len, hold_prompt=False)
+                layers[index] = StaticSinksAndWindowLayer(max_length, 0, layer.max_cache_len, pads)
                 layers[index].is_sliding = True
                 continue
             releases = not kinds[index].full_attention_decode and swaa.sliding_window is not None
@@ -97,9 +97,9 @@ class SWAACache(Cache):
             assert swaa.sliding_window is not None
             size = (swaa.sink_tokens, swaa.sliding_window)
             if max_length is None:
-                layers[index] = SinksAndWindowLayer(*size, hold_prompt=swaa.dense_tail > 0, slack=slack)
+                layers[index] = SinksAndWindowLayer(*size, pads, hold_prompt=swaa.dense_tail > 0, slack=slack)
             elif sum(size) < max_length:
-                layers[index] = StaticSinksAndWindowLayer(max_length, *size, hold_prompt=swaa.dense_tail > 0)
+                layers[index] = StaticSinksAndWindowLayer(max_length, *size, pads, hold_prompt=swaa.dense_tail > 0)
         super().__init__(layers=layers, offloading=offloading)
 
     @property
@@ -110,6 +110,11 @@ class SWAACache(Cache):
     @prompt_lengths.setter
     def prompt_lengths(self, lengths: int | Sequence[int] | Tensor | None) -> None:
         self._prompt_lengths = checked_lengths(lengths)
+
+    @property
+    def first(self) -> Tensor | None:
+        """Column of each sequence's first token, `[batch]`, as far as attention masks have told; None: column 0."""
+        return self._pads.first
 
     def memory(self) -> dict[str, int]:
         """Bytes held, by kind of layer.
@@ -134,6 +139,8 @@ class SWAACache(Cache):
         text = self.config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        for layer in self.layers:  # under tensor parallelism each process has a part of them
+            heads = heads if layer.keys is None else layer.keys.shape[1]
         token = 2.0 * batch_size * heads * head_dim * dtype.itemsize
         rings = [layer for layer in self.layers if isinstance(layer, StaticSinksAndWindowLayer)]
         growing = len(self.layers) - sum(1 for ring in rings if not ring.hold_prompt)
@@ -143,12 +150,12 @@ class SWAACache(Cache):
         """Begins sequences in an empty cache of fixed size, the way compiled forwards need it.
 
         Args:
-            first: column of each sequence's first token, `[batch]`; it is kept, and may be changed in place later.
+            first: column of each sequence's first token, `[batch]`.
         """
-        self.first = first
+        self._pads.set(first)
         for layer in self.layers:
             if isinstance(layer, StaticSinksAndWindowLayer):
-                layer.start(first)
+                layer.start()
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuses a forward of another model or under another recipe than the cache was made for.
@@ -191,16 +198,26 @@ class SWAACache(Cache):
                 layer.begin_decoding()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and first column of the keys that a layer's attention will work on."""
+        """Length and first column of the keys that a layer's attention will work on.
+
+        Being asked, before the first layer of every forward, also is the moment for what must not happen in the layers:
+        refusing an interrupted forward, and releasing prompts.
+        """
+        if torch.compiler.is_compiling():
+            sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+            return sizes
+        self._refuse_if_interrupted()
         for layer in self.layers:  # asked of one layer only, before a forward that may be compiled
             if isinstance(layer, StaticSinksAndWindowLayer):
                 layer.expect(query_length)
-        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        sizes = super().get_mask_sizes(query_length, layer_idx)
+        _asked.by = (self, sizes)
         return sizes
 
     def reset(self) -> None:
-        """Forgets every token; the cache can be used for another batch, or after an interrupted forward."""
-        self.first = None
+        """Forgets every token and what was said of them; also after an interrupted forward."""
+        self._pads.forget(keep_tensor=self.max_length is not None)
+        self._prompt_lengths = None
         for layer in self.layers:
             if type(layer) is DynamicLayer:  # transformers 5.17 keeps the length of a layer that it has reset
                 layer.keys = layer.values = None
@@ -211,13 +228,15 @@ class SWAACache(Cache):
         """Takes back the last tokens, as many as a negative `tokens_to_remove` says.
 
         Raises:
-            ConfigError: if the cache has a fixed size, or a layer has released what the window would need again.
+            ConfigError: if the cache has a fixed size or fewer tokens, or a layer has released what the window would
+                need again.
         """
-        if self.max_length is not None:
-            raise ConfigError("a cache of fixed size cannot be cropped; use SWAACache(config) without max_length")
-        if tokens_to_remove > 0:
-            raise ConfigError(f"crop({tokens_to_remove}): expected minus the number of tokens to remove")
-        if any(isinstance(layer, SinksAndWindowLayer) and not layer.can_crop(-tokens_to_remove) for layer in self.layers):
+        self._refuse_if_fixed("cropped")
+        if tokens_to_remove > 0 or -tokens_to_remove > self.get_seq_length():
+            raise ConfigError(
+                f"crop({tokens_to_remove}): expected minus the number of tokens to remove, of {self.get_seq_length()}"
+            )
+        if any(isinstance(la, SinksAndWindowLayer) and not la.can_crop(-tokens_to_remove) for la in self.layers):
             raise ConfigError(
                 f"crop({tokens_to_remove}): the window would need keys that were released; make the cache with "
                 f"slack={-tokens_to_remove} or more, or call activate_past_recording() before"
@@ -226,21 +245,60 @@ class SWAACache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the sequences of the batch in another order (beam search)."""
-        self.first = None if self.first is None else self.first.index_select(0, beam_idx.to(self.first.device))
+        self._move(lambda x: x.index_select(0, beam_idx.to(x.device)))
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every sequence."""
-        self.first = None if self.first is None else self.first.repeat_interleave(repeats, 0)
+        """Repeats every sequence.
+
+        Raises:
+            ConfigError: if the cache has a fixed size.
+        """
+        self._refuse_if_fixed("repeated")
+        self._move(lambda x: x.repeat_interleave(repeats, 0))
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some sequences of the batch."""
-        self.first = None if self.first is None else self.first[indices]
+        """Keeps some sequences of the batch.
+
+        Raises:
+            ConfigError: if the cache has a fixed size.
+        """
+        self._refuse_if_fixed("selected from")
+        self._move(lambda x: x[indices.to(x.device)])
         super().batch_select_indices(indices)
 
+    def offload(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Moves a layer to the CPU, unless it is small and about to release keys."""
+        if not isinstance(self.layers[layer_idx], _RELEASING):
+            super().offload(layer_idx, only_non_sliding)
+
+    def _move(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Changes what is known of each sequence as the sequences change (what is known of other batches stays)."""
+        held = next((layer.keys for layer in self.layers if getattr(layer, "keys", None) is not None), None)
+        batch = None if held is None else held.shape[0]
+        if isinstance(self._prompt_lengths, Tensor) and self._prompt_lengths.numel() == batch:
+            self._prompt_lengths = change(self._prompt_lengths.reshape(-1))
+        if self.first is not None and self.first.numel() == batch:
+            self._pads.set(change(self.first))
+
+    def _refuse_if_fixed(self, verb: str) -> None:
+        if self.max_length is not None:
+            raise ConfigError(f"a cache of fixed size cannot be {verb}; use SWAACache(config) without max_length")
+
+    def _refuse_if_interrupted(self) -> None:
+        """After an interrupted forward some layers hold more tokens than others (not looked for on a GPU)."""
+        lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+        known = {int(n) for n in lengths if not isinstance(n, Tensor) or n.device.type == "cpu"}
+        if len(known) > 1:
+            raise ConfigError(
+                f"the layers of the cache hold {min(known)} to {max(known)} tokens: a forward was interrupted; "
+                "call reset() and compute the prompt again"
+            )
+
     def _check_shape(self, layer: CacheLayerMixin, key_states: Tensor, layer_idx: int) -> None:
-        held = getattr(layer, "keys", None)
+        ring = getattr(layer, "ring", None)
+        held = layer.keys if ring is None else ring[0]
         if held is None or held.dim() != 4:
             return
         expected = (held.shape[0], held.shape[1], held.shape[3])
@@ -268,25 +326,63 @@ class Stored:
         """Whether slot and column are the same, because nothing has been released."""
         return not self.ring and isinstance(self.start, int) and self.start == 0
 
+    def too_late_for(self, dense_tail: int) -> bool:
+        """Whether keys that the tail of a prompt sees were not held for it."""
+        if not isinstance(self.layer, _RELEASING) or self.layer.is_sliding:
+            return False
+        return dense_tail > 0 and not self.layer.hold_prompt and not self.complete and not self.ring
+
     @property
     def releases(self) -> bool:
         """Whether the layer releases keys."""
         return isinstance(self.layer, _RELEASING)
 
-    def release(self, keys: Tensor, values: Tensor, first: Tensor | None, lengths_known: bool, decoding: bool) -> None:
+    def release(self, keys: Tensor, values: Tensor, lengths_known: bool, decoding: bool) -> None:
         """To be called after attention.
 
         Args:
             keys: what the layer's attention worked on.
             values: likewise.
-            first: column of each sequence's first token `[batch]`, or None without left pads.
             lengths_known: whether the caller says which rows are decode rows.
             decoding: whether every sequence has had its first decode row, or nothing waits for it.
         """
         if isinstance(self.layer, SinksAndWindowLayer):
-            self.layer.after_attention(first, decoding)
+            self.layer.after_attention(decoding)
         elif isinstance(self.layer, StaticSinksAndWindowLayer) and not self.ring:
-            self.layer.after_attention(keys, values, self, first, lengths_known, decoding)
+            self.layer.after_attention(keys, values, self, lengths_known, decoding)
+
+
+class Pads:
+    """Column of each sequence's first token: one tensor for a cache and all of its layers, at one address."""
+
+    first: Tensor | None = None
+
+    def set(self, first: Tensor) -> None:
+        if self.first is None or self.first.shape != first.shape or self.first.device != first.device:
+            self.first = first.to(torch.long, copy=True)
+            _keep_address(self.first)
+        else:
+            self.first.copy_(first)
+
+    def forget(self, keep_tensor: bool) -> None:
+        if keep_tensor and self.first is not None:
+            self.first.zero_()
+        else:
+            self.first = None
+
+
+def told_by_attention_mask(first: Tensor, sizes: tuple[int, int]) -> None:
+    """Passes on to the cache that has just been asked for `sizes` where its sequences begin."""
+    asked, _asked.by = _asked.by, None
+    if asked is not None and asked[1] == sizes:
+        asked[0]._pads.set(first)
+
+
+class _Asked(threading.local):
+    by: tuple[SWAACache, tuple[int, int]] | None = None
+
+
+_asked = _Asked()
 
 
 def stored(keys: Tensor, layer_idx: int) -> Stored | None:
@@ -310,19 +406,19 @@ def stored(keys: Tensor, layer_idx: int) -> Stored | None:
 class SinksAndWindowLayer(DynamicLayer):  # type: ignore[misc]
     """Keys of the first tokens and of the last ones, in order; everything until something is released."""
 
-    def __init__(self, sink_tokens: int, sliding_window: int, hold_prompt: bool, slack: int = 0) -> None:
+    def __init__(self, sink_tokens: int, sliding_window: int, pads: Pads, hold_prompt: bool, slack: int = 0) -> None:
         super().__init__()
+        self.pads = pads
         self.sink_tokens = sink_tokens
         self.sliding_window = sliding_window
         self.slack = slack
         self.hold_prompt = hold_prompt
-        self.record_past = False
         self._forget()
 
     def _forget(self) -> None:
+        self.record_past = False
         self.length = 0
         self.layout: tuple[int, int] = (0, 0)  # sink slots, and column of the slot after them
-        self.first: Tensor | None = None
         self.due = False  # a release that waits for `crop`
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -330,8 +426,8 @@ class SinksAndWindowLayer(DynamicLayer):  # type: ignore[misc]
         keys, values = super().update(key_states, value_states)
         return keys, values
 
-    def after_attention(self, first: Tensor | None, decoding: bool) -> None:
-        self.first = self.first if first is None else first
+    def after_attention(self, decoding: bool) -> None:
+        """See `Stored.release`."""
         if self.hold_prompt and not decoding:
             return
         if self.record_past:
@@ -356,10 +452,10 @@ class SinksAndWindowLayer(DynamicLayer):  # type: ignore[misc]
         """`x` without what lies between the sinks and column `kept_from`."""
         slots, start = self.layout
         tail = x[:, :, kept_from - start + slots :]
-        if self.first is None:
+        if self.pads.first is None:
             return torch.cat([x[:, :, : self.sink_tokens], tail], dim=2)
         slot = torch.arange(self.sink_tokens, device=x.device)
-        column = self.first.to(x.device)[:, None] + slot
+        column = self.pads.first.to(x.device)[:, None] + slot
         held_in = torch.where(column < start, slot, column - start + slots).clamp(max=x.shape[2] - 1)
         return torch.cat([_take(x, held_in), tail], dim=2)
 
@@ -388,18 +484,6 @@ class SinksAndWindowLayer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = False
         self._forget()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.first = None if self.first is None else self.first.index_select(0, beam_idx.to(self.first.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.first = None if self.first is None else self.first.repeat_interleave(repeats, 0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.first = None if self.first is None else self.first[indices]
-
 
 class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
     """Keys of the first tokens and a ring of the last ones, at fixed addresses; every key while it waits for decoding.
@@ -408,29 +492,31 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
     sink_tokens + (p - sink_tokens) % sliding_window.
     """
 
-    def __init__(self, max_length: int, sink_tokens: int, sliding_window: int, hold_prompt: bool) -> None:
+    def __init__(
+        self, max_length: int, sink_tokens: int, sliding_window: int, pads: Pads, hold_prompt: bool = False
+    ) -> None:
         super().__init__(max_length)
+        self.pads = pads
         self.max_length = max_length
         self.sink_tokens = sink_tokens
         self.sliding_window = sliding_window
         self.slots = sink_tokens + sliding_window
         self.hold_prompt = hold_prompt
-        self.first: Tensor | None = None
         self.ring: tuple[Tensor, Tensor] | None = None
         self._forget()
 
     def _forget(self) -> None:
         self.holding = self.hold_prompt  # the layer is an ordinary static one until decoding begins
-        self.empty = True
+        self.empty = self.was_empty = True
         self.lengths_known = False
+        self.prompt_again = False  # rows of a prompt have come after the release
         self.layout: tuple[int, int | Tensor, bool] = (0, 0, False)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.max_cache_len = self.max_length if self.holding else self.slots
         super().lazy_initialization(key_states, value_states)
-        if self.first is None:
-            self.first = torch.zeros(key_states.shape[0], dtype=torch.long, device=key_states.device)
-            _keep_address(self.first)
+        if self.pads.first is None:
+            self.pads.set(torch.zeros(key_states.shape[0], dtype=torch.long, device=key_states.device))
         if not self.holding:
             self.ring = self.keys, self.values
         elif self.ring is None:
@@ -445,6 +531,7 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new = key_states.shape[-2]
         self.expect(new)
+        self.was_empty = self.empty
         if self.holding:
             self.layout, self.empty = (0, 0, False), False
             keys, values = super().update(key_states, value_states)
@@ -456,6 +543,7 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
         if self.empty:
             self.layout, self.empty = (0, 0, False), False
             return key_states, value_states
+        self._refuse_chunks(new)
         if new == 1:
             self.layout = (self.sink_tokens, 0, True)
             slot = self._slot_of(seen)
@@ -463,8 +551,7 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
             self.keys[batch, :, slot] = key_states[:, :, 0]
             self.values[batch, :, slot] = value_states[:, :, 0]
             return self.keys, self.values
-        assert self.first is not None
-        start = (seen - (self.sliding_window - 1)).expand(self.first.shape[0])
+        start = (seen - (self.sliding_window - 1)).expand(key_states.shape[0])
         self.layout = (self.sink_tokens, start, False)
         tail = self._slot_of(start[:, None] + torch.arange(self.sliding_window - 1, device=start.device))
         sinks = torch.arange(self.sink_tokens, device=tail.device).expand(tail.shape[0], -1)
@@ -472,23 +559,35 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
         keys, values = _take(self.keys, slots), _take(self.values, slots)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
+    def _refuse_chunks(self, new: int) -> None:
+        if not self.hold_prompt or torch.compiler.is_compiling():
+            return
+        if self.prompt_again and new > 1:
+            raise ConfigError(
+                "a later prompt arrives in several forwards, and the rows of its dense tail would have to see keys that a "
+                "cache of fixed size has released by then; give it in one forward, or use SWAACache(config) without "
+                "max_length"
+            )
+        self.prompt_again = new > 1
+
+    @property
+    def first(self) -> Tensor:
+        first = self.pads.first
+        assert first is not None
+        return first
+
     def _slot_of(self, column: Tensor) -> Tensor:
         """The slot of the token in a column, 0-d or `[batch, n]` (some slot, where there is none)."""
-        assert self.first is not None
         position = column - (self.first if column.dim() == 0 else self.first[:, None])
         beyond = position - self.sink_tokens
         return torch.where(beyond < 0, position.clamp(min=0), self.sink_tokens + beyond % self.sliding_window)
 
-    def after_attention(
-        self, keys: Tensor, values: Tensor, out: Stored, first: Tensor | None, lengths_known: bool, decoding: bool
-    ) -> None:
+    def after_attention(self, keys: Tensor, values: Tensor, out: Stored, lengths_known: bool, decoding: bool) -> None:
         """See `Stored.release`; `out` says which columns `keys` and `values` belong to."""
-        assert self.first is not None
-        if first is not None:
-            self.first.copy_(first)
         if self.holding:
             self.lengths_known = lengths_known
-            if decoding and not torch.compiler.is_compiling():
+            first_token = self.was_empty and not lengths_known
+            if decoding and not first_token and not torch.compiler.is_compiling():
                 self.begin_decoding()
             return
         start = out.start[:, None] if isinstance(out.start, Tensor) else out.start
@@ -501,7 +600,6 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
         self.values.copy_(_take(values, source))
 
     def _columns(self) -> Tensor:
-        assert self.first is not None
         return ring_columns(self.cumulative_length, self.first, self.sink_tokens, self.sliding_window)
 
     def expect(self, query_length: int) -> None:
@@ -512,10 +610,8 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
         if self.holding and query_length == 1 and not self.empty and not self.lengths_known:
             self.begin_decoding()
 
-    def start(self, first: Tensor) -> None:
+    def start(self) -> None:
         """Begins sequences; from here on every forward takes the same path, the first one too."""
-        assert self.first is not None
-        self.first.copy_(first)
         if not self.is_initialized:
             assert self.ring is not None
             self.lazy_initialization(self.ring[0][:, :, :0], self.ring[1][:, :, :0])
@@ -550,14 +646,12 @@ class StaticSinksAndWindowLayer(StaticLayer):  # type: ignore[misc]
             self.is_initialized = False
             self.cumulative_length.zero_()
         super().reset()
-        if self.first is not None:
-            self.first.zero_()
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        if self.first is not None:
-            self.first = self.first.index_select(0, beam_idx.to(self.first.device))
+        if self.is_initialized:
+            for held in (self.keys, self.values):
+                held.copy_(held.index_select(0, beam_idx.to(held.device)))  # stays at its address
 
 
 def _keep_address(tensor: Tensor) -> None:

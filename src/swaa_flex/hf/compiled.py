@@ -152,7 +152,9 @@ class CompiledModel:
             ConfigError: if no prompt was computed before, or max_length is reached.
         """
         if tokens.numel() != self.rows:
-            raise ConfigError(f"decode_step: got {tokens.numel()} tokens for {self.rows} sequences; prefill comes first")
+            raise ConfigError(
+                f"decode_step: got {tokens.numel()} tokens for {self.rows} sequences; prefill comes first"
+            )
         if self.room == 0:
             raise ConfigError(f"the request has reached max_length={self.max_length} tokens; compile for more")
         self.room -= 1
@@ -188,6 +190,8 @@ class CompiledModel:
         Raises:
             ConfigError: if the request has more sequences or tokens than the model was compiled for.
         """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens!r}: expected at least 1")
         prompts = self._checked(input_ids, attention_mask, max_new_tokens)
         defaults = self.model.generation_config
         eos_token_id = defaults.eos_token_id if eos_token_id is None else eos_token_id
@@ -199,13 +203,15 @@ class CompiledModel:
         finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         chosen: list[Tensor] = []
         all_finished = _Flag(self.device)
+        if streamer is not None:
+            streamer.put(prompts[0].cpu())  # as generate of transformers does, for streamers that skip it
         for step in range(max_new_tokens):
-            tokens = logits.argmax(-1) if sample is None else sample(logits)
+            tokens = logits.argmax(-1) if sample is None else sample(logits).reshape(-1)
+            if streamer is not None and not bool(finished.all()):
+                streamer.put(tokens.cpu())
             tokens = torch.where(finished, pad, tokens)
             finished = finished | torch.isin(tokens, ends)
             chosen.append(tokens)
-            if streamer is not None:
-                streamer.put(tokens.cpu())
             # The flag of the step before: reading this one's would make the device wait for the host.
             if all_finished.was_set() or step == max_new_tokens - 1:
                 break
@@ -225,6 +231,8 @@ class CompiledModel:
         if isinstance(input_ids, Tensor):
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             rows = [row[kept] for row, kept in zip(input_ids, real.bool(), strict=True)]
+        elif attention_mask is not None:
+            raise ConfigError("attention_mask with a list of prompts: leave it out, lists have no pads")
         else:
             rows = [torch.as_tensor(row) for row in input_ids]
         if not 1 <= len(rows) <= self.batch_size:
@@ -256,7 +264,8 @@ class CompiledModel:
         done = 0
         logits = None
         for size in sizes:
-            logits = self._prefill_chunk(self, ids[:, done : done + size].contiguous())
+            # Flattened, as a slice of one row counts as contiguous with any stride, and each would be compiled.
+            logits = self._prefill_chunk(self, ids[:, done : done + size].flatten().view(-1, size))
             done += size
         assert logits is not None
         self.cache.begin_decoding()
@@ -285,6 +294,7 @@ class CompiledModel:
     def _initialise(self) -> None:
         """A forward that is not compiled lets the cache learn the shapes of keys and values."""
         ids = torch.ones(self.batch_size, BLOCK, dtype=torch.long, device=self.device)
+        self.cache.reset()  # an earlier warm-up may have been interrupted
         self.model(ids, past_key_values=self.cache, prompt_lengths=BLOCK, logits_to_keep=1)
         self.cache.begin_decoding()
 

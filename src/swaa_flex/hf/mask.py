@@ -21,7 +21,7 @@ from transformers.masking_utils import causal_mask_function
 
 from .. import backends
 from ..algebra import Mask, negated
-from ..errors import MaskError, UnsupportedModelError
+from ..errors import ConfigError, MaskError, UnsupportedModelError
 from ..masks import (
     causal,
     everything,
@@ -38,7 +38,7 @@ from ..masks import (
     window,
 )
 from ..plan import AttentionPlan, plan
-from .cache import Stored, ring_columns
+from .cache import Stored, ring_columns, told_by_attention_mask
 from .config import swaa_of
 from .prompt import PromptInfo, surrounding_prompt
 
@@ -79,6 +79,9 @@ def make_forward_mask(
         # A static cache hands out its counter, which `update` moves before the mask is evaluated.
         q_offset = q_offset.clone().reshape(())
     maybe_packed = attention_mask is None and not isinstance(q_offset, Tensor) and kv_length == q_length
+    ends = None if attention_mask is None else sequence_ends(attention_mask)
+    if ends is not None and not torch.compiler.is_compiling():
+        told_by_attention_mask(ends[0], (kv_length, kv_offset))
     native, is_packed = _read(mask_function, local_size, use_vmap, config, maybe_packed)
     return ForwardMask(
         config=config,
@@ -88,7 +91,7 @@ def make_forward_mask(
         native=native,
         mask_function=mask_function,
         is_packed=is_packed,
-        ends=None if attention_mask is None else sequence_ends(attention_mask),
+        ends=ends,
         seen=0 if attention_mask is None else attention_mask.shape[-1],
         info=surrounding_prompt(),
         device=torch.device(device),
@@ -146,7 +149,9 @@ class ForwardMask(BlockMask):
         self.device = device
         self.plans: dict[Any, AttentionPlan] = {}
         self.moved: dict[torch.device, ForwardMask] = {}
-        self.memo: dict[str, Any] = {}  # what is the same for all layers; a dict, as dynamo forgets attributes set twice
+        self.memo: dict[
+            str, Any
+        ] = {}  # what is the same for all layers; a dict, as dynamo forgets attributes set twice
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -244,6 +249,11 @@ class ForwardMask(BlockMask):
             else:
                 near = window(config.sliding_window) | sinks(config.sink_tokens)
                 tail = config.dense_tail if info.dense_tail is None else info.dense_tail
+                if source is not None and source.too_late_for(tail):
+                    raise ConfigError(
+                        f"dense_tail={tail}: the cache was made for a recipe without a dense tail and has released keys "
+                        "that the tail would see; set dense_tail in the recipe before the cache is made"
+                    )
                 inner, dense = self._rows(near, tail, kind.full_attention_decode, info, module, stop)
                 mask = self._mask(inner, dense, position_ids, first, stop)
             if source is not None and source.ring:
@@ -281,8 +291,7 @@ class ForwardMask(BlockMask):
             return
         config = swaa_of(self.config)
         tail = config.dense_tail if info.dense_tail is None else info.dense_tail
-        first = self._ends(source)[0]
-        source.release(key, value, first, info.says_where, self._decoding(info, tail, first))
+        source.release(key, value, info.says_where, self._decoding(info, tail, self._ends(source)[0]))
 
     def forget_if_last(self, module: nn.Module) -> None:
         """In a compiled forward, drops what was made for it, after its last layer.
@@ -310,8 +319,9 @@ class ForwardMask(BlockMask):
                 begun: Tensor | bool = info.decode_rows.any(-1).all()
             else:
                 assert info.lengths is not None
-                ends = info.lengths if first is None else first + torch.as_tensor(info.lengths, device=first.device)
-                begun = torch.as_tensor(ends < self.q_offset + q_len).all()
+                lengths = self._each(torch.as_tensor(info.lengths, device=self.device).reshape(-1), "prompt lengths")
+                ends = lengths if first is None else first + lengths
+                begun = (ends < self.q_offset + q_len).all()
             self.memo["decoding"] = bool(begun)
         return bool(self.memo["decoding"])
 
@@ -367,8 +377,7 @@ class ForwardMask(BlockMask):
                 lengths = torch.full((1,), lengths, device=self.device)
             if isinstance(lengths, Tensor):
                 lengths = lengths.to(self.device)
-                if lengths.numel() not in (1, batch):
-                    raise MaskError(f"prompt lengths: got {lengths.numel()} for a batch of {batch}; expected one each")
+                lengths = self._each(lengths.reshape(-1), "prompt lengths")
             if self.is_packed:
                 raise MaskError(
                     "prompt lengths cannot say where the prompts of packed documents end; pass decode_rows"
@@ -388,7 +397,7 @@ class ForwardMask(BlockMask):
         if tail == 0:
             return near, None
         self._warn_of_chunks(module)
-        if stop is not None and self._padding()[1]:
+        if stop is not None and self.ends is not None and self._padding()[1]:
             return near, rows_from(stop - tail)
         return near, rows_from(self.q_offset + q_len - tail)
 
@@ -410,8 +419,17 @@ class ForwardMask(BlockMask):
         first = None if source is None else source.cache.first
         if first is None:
             return None, None
-        first = first.to(self.device)
+        first = self._each(first.to(self.device), "first columns (the attention mask of the cache)")
         return first, torch.full_like(first, 1 << 30)
+
+    def _each(self, values: Tensor, name: str) -> Tensor:
+        """One value per sequence, `[batch]` (or `[1]`): beams and several answers repeat what is given per prompt."""
+        batch, given = self.sizes[0], values.shape[0]
+        if given in (1, batch):
+            return values
+        if batch % given:
+            raise MaskError(f"{name}: got {given} for a batch of {batch}; expected one each")
+        return values.repeat_interleave(batch // given)
 
     def _padding(self) -> tuple[bool, bool]:
         """Whether there are left and right pads: read where that is free or long prompts repay it, else expected."""

@@ -1,0 +1,245 @@
+"""`swaa_flex.compile`: the same tokens as an eager model, and no compilation after the warm-up."""
+
+import pytest
+import torch
+from test_models import batch, tiny, under_reference
+from transformers import CompileConfig
+
+import swaa_flex
+from swaa_flex import ConfigError, DoesNotFitError, SWAACache, SWAAConfig
+
+RECIPES = [
+    SWAAConfig(16, 3, (), full_attention_decode=False, dense_tail=5),
+    SWAAConfig(16, 3, (1, 3), full_attention_decode=True, dense_tail=5),
+    SWAAConfig(16, 3, (1, 3), full_attention_decode=False, dense_tail=0),
+]
+LAYER_TYPES = {"gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2}}
+
+
+def make(family, config, **overrides):
+    model = tiny(family, **LAYER_TYPES.get(family, {}) | overrides)
+    model.config.swaa = config
+    return model
+
+
+def greedy(model, config, inputs, new):
+    whole = under_reference(model, config, lambda: model.generate(**inputs, max_new_tokens=new, do_sample=False))
+    return whole[:, inputs["input_ids"].shape[1] :]
+
+
+@pytest.fixture
+def compiled():
+    return swaa_flex.compile(make("llama", RECIPES[1]), max_length=300, batch_size=3, prefill_chunk=128)
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=repr)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_every_length_gives_the_tokens_of_the_dense_reference(family, config):
+    model = make(family, config)
+    compiled = swaa_flex.compile(model, max_length=600, batch_size=2, prefill_chunk=256)
+    for length in (5, 127, 128, 129, 300):
+        inputs = batch(length, min(13, length - 2))
+        answer = compiled.generate(**inputs, max_new_tokens=20)
+        assert torch.equal(answer, greedy(model, config, inputs, 20)), length
+
+
+def test_nothing_is_traced_after_the_warm_up():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = make("llama", RECIPES[0], num_hidden_layers=2)
+    compiled = swaa_flex.compile(model, max_length=420, prefill_chunk=128, backend=count).warmup()
+    assert len(graphs) == 2  # one size of chunk, and the decode step
+    for length in range(3, 403, 20):
+        compiled.generate(torch.randint(3, 99, (1, length)), max_new_tokens=10)
+    assert len(graphs) == 2
+    inputs = {"input_ids": torch.randint(3, 99, (1, 200)), "attention_mask": torch.ones(1, 200, dtype=torch.long)}
+    assert torch.equal(compiled.generate(**inputs, max_new_tokens=200), greedy(model, RECIPES[0], inputs, 200))
+    assert len(graphs) == 2
+
+
+def test_prompts_may_be_lists_and_fewer_than_the_batch(compiled):
+    prompts = [torch.randint(3, 99, (n,)).tolist() for n in (40, 150)]
+    together = compiled.generate(prompts, max_new_tokens=9)
+    assert together.shape == (2, 9)
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert torch.equal(compiled.generate([prompt], max_new_tokens=9)[0], answer)
+
+
+def test_pads_on_the_right_are_pads_too(compiled):
+    inputs = batch(60, 13)
+    left = compiled.generate(**inputs, max_new_tokens=9)
+    right = {name: torch.stack([rows[0].roll(-13), rows[1]]) for name, rows in inputs.items()}
+    assert torch.equal(compiled.generate(**right, max_new_tokens=9), left)
+
+
+def test_prefill_and_decode_steps_are_what_generate_does(compiled):
+    ids = torch.randint(3, 99, (2, 70))
+    tokens = compiled.prefill(ids).argmax(-1)
+    chosen = [tokens]
+    for _ in range(8):
+        chosen.append(compiled.decode_step(chosen[-1]).argmax(-1))
+    assert torch.equal(torch.stack(chosen, 1), compiled.generate(ids, max_new_tokens=9))
+
+
+def test_an_answer_ends_at_its_end_token_and_is_filled_with_pads(compiled):
+    ids = torch.randint(3, 99, (2, 50))
+    free = compiled.generate(ids, max_new_tokens=12)
+    end = int(free[0, 3])
+    stop = [int((row == end).int().argmax()) + 1 if bool((row == end).any()) else 12 for row in free]
+    ours = compiled.generate(ids, max_new_tokens=12, eos_token_id=end, pad_token_id=0)
+    assert ours.shape[1] == max(stop)
+    for row, whole, length in zip(ours, free, stop, strict=True):
+        assert torch.equal(row[:length], whole[:length])
+        assert (row[length:] == 0).all()
+
+
+def test_sampling_and_streaming_are_given_by_the_caller(compiled):
+    class Streamer:
+        seen: list[int] = []
+        ended = False
+
+        def put(self, tokens):
+            self.seen.extend(tokens.tolist())
+
+        def end(self):
+            self.ended = True
+
+    streamer = Streamer()
+    ids = torch.randint(3, 99, (1, 50))
+    answer = compiled.generate(ids, max_new_tokens=7, sample=lambda logits: logits.argmin(-1), streamer=streamer)
+    assert answer[0].tolist() == streamer.seen
+    assert streamer.ended
+    assert not torch.equal(answer, compiled.generate(ids, max_new_tokens=7))
+
+
+def test_an_interrupted_request_does_not_spoil_the_next(compiled):
+    ids = torch.randint(3, 99, (1, 50))
+    expected = compiled.generate(ids, max_new_tokens=7)
+
+    def interrupt(logits):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compiled.generate(ids, max_new_tokens=7, sample=interrupt)
+    assert torch.equal(compiled.generate(ids, max_new_tokens=7), expected)
+
+
+def test_requests_that_do_not_fit_are_refused_by_name(compiled):
+    ids = torch.randint(3, 99, (1, 290))
+    assert compiled.generate(ids, max_new_tokens=10).shape == (1, 10)
+    with pytest.raises(ConfigError, match="290 tokens and 11 new ones: compiled for max_length=300"):
+        compiled.generate(ids, max_new_tokens=11)
+    with pytest.raises(ConfigError, match="4 sequences: compiled for batch_size=3"):
+        compiled.prefill(torch.randint(3, 99, (4, 10)))
+    with pytest.raises(ConfigError, match="without tokens"):
+        compiled.prefill([[]])
+    logits = compiled.prefill(torch.randint(3, 99, (1, 299)))
+    compiled.decode_step(logits.argmax(-1))
+    with pytest.raises(ConfigError, match="reached max_length=300"):
+        compiled.decode_step(logits.argmax(-1))
+    with pytest.raises(ConfigError, match="2 tokens for 1 sequences"):
+        compiled.decode_step(torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_length": 0}, "max_length=0: expected a positive"),
+        ({"max_length": 9, "batch_size": -1}, "batch_size=-1"),
+        ({"max_length": 9, "prefill_chunk": 100}, "prefill_chunk=100: expected a multiple of 128"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        swaa_flex.compile(make("llama", RECIPES[0]), **arguments)
+
+
+def test_a_model_with_another_attention_is_refused():
+    model = make("llama", RECIPES[0])
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ConfigError, match=r"'sdpa'.*swaa_flex.adapt"):
+        swaa_flex.compile(model, max_length=100)
+
+
+def test_too_little_memory_says_what_would_fit(monkeypatch):
+    model = make("llama", RECIPES[1])
+    compiled = swaa_flex.compile(model, max_length=100_000, prefill_chunk=128)
+    per_token = 4 * 2 * 2 * 8 * 4
+    monkeypatch.setattr("swaa_flex.hf.compiled._free_memory", lambda device: per_token * 10_000)
+
+    def fail(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(compiled), "_initialise", fail)
+    with pytest.raises(DoesNotFitError, match=r"max_length=100000 with batch_size=1 needs.*max_length=7808 would fit"):
+        compiled.warmup()
+
+
+# --- without swaa_flex.compile --------------------------------------------------------------------------------
+
+TWO_LAYERS = [
+    SWAAConfig(16, 3, (1,) if r.full_attention_layers else (), r.full_attention_decode, r.dense_tail) for r in RECIPES
+]
+
+
+@pytest.mark.parametrize("config", TWO_LAYERS, ids=repr)
+def test_generate_compiles_a_static_cache_once(config):
+    model, inputs = make("llama", config, num_hidden_layers=2), batch(40, 13)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_config = CompileConfig(backend=count, mode=None, fullgraph=True)
+    compile_config._compile_all_devices = True  # transformers compiles by itself only on accelerators
+    kwargs = {**inputs, "max_new_tokens": 20, "do_sample": False, "compile_config": compile_config}
+    expected = greedy(model, config, inputs, 20)
+    for cache in ({"past_key_values": SWAACache(model.config, max_length=64)}, {"cache_implementation": "static"}):
+        graphs.clear()
+        assert torch.equal(model.generate(**kwargs, **cache)[:, 40:], expected)
+        assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("config", TWO_LAYERS, ids=repr)
+def test_a_forward_that_the_user_compiles_decodes(config):
+    model = make("llama", config, num_hidden_layers=2)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    inputs = {"input_ids": torch.randint(3, 99, (2, 40)), "attention_mask": torch.ones(2, 40, dtype=torch.long)}
+    step = torch.compile(model.forward, fullgraph=True, backend=count)
+    cache = SWAACache(model.config, max_length=64)
+    with torch.no_grad():
+        tokens = model(**inputs, past_key_values=cache).logits[:, -1:].argmax(-1)
+        cache.begin_decoding()
+        chosen = [tokens]
+        for position in range(40, 59):
+            at = torch.full((2, 1), position)
+            tokens = step(tokens, position_ids=at, past_key_values=cache).logits[:, -1:].argmax(-1)
+            chosen.append(tokens)
+    assert torch.equal(torch.cat(chosen, 1), greedy(model, config, inputs, 20))
+    assert len(graphs) == 1
+
+
+def test_a_compile_cache_is_saved_loaded_and_checked(tmp_path):
+    torch._dynamo.reset()
+    torch.compile(lambda x: (x + 1).sin())(torch.ones(3))
+    path = tmp_path / "cache"
+    swaa_flex.save_compile_cache(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["cache"]
+    swaa_flex.load_compile_cache(path)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(torch.__version__.encode(), b"1.13.0", 1))
+    with pytest.raises(ConfigError, match=rf"torch: 1.13.0 there, {torch.__version__.split('+')[0]}.*here"):
+        swaa_flex.load_compile_cache(path)
+    path.write_bytes(b"something else")
+    with pytest.raises(ConfigError, match="save_compile_cache wrote"):
+        swaa_flex.load_compile_cache(path)
