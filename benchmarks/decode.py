@@ -2,8 +2,8 @@
 
     python benchmarks/decode.py [--quick] [--batch 1] [--out docs/benchmarks]
 
-Weights and cache contents are random: speed does not depend on them. Prints the floor first: the bytes of the weights
-and of the keys and values that the recipe lets a token see, read once at the measured bandwidth. Writes JSON and a plot.
+Weights and cache contents are random: speed does not depend on them. The floor is the bytes of the weights and of the
+keys and values that the recipe lets a token see, read once at the measured bandwidth. Writes JSON and a plot.
 """
 
 from __future__ import annotations

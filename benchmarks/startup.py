@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py [--quick] [--out docs/benchmarks]
 
-Two processes, each with an empty folder for torch.compile: the first compiles and saves its cache, the second loads it.
+Two processes, each with an empty folder for torch.compile: the first saves its compile cache, the second loads it.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def test_assisted_decoding(model):
     assistant = tiny("llama", num_hidden_layers=1)
     assistant.set_attn_implementation("sdpa")
     inputs = prompt()
+    kwargs = {**inputs, "max_new_tokens": NEW, "do_sample": False}
     for config in each_recipe(model):
-        kwargs = {**inputs, "max_new_tokens": NEW, "do_sample": False}
         expected = under_reference(model, config, lambda: model.generate(**kwargs), [LENGTH])
         with swaa_flex.prompt(LENGTH):
             ours = model.generate(**kwargs, past_key_values=SWAACache(model.config), assistant_model=assistant)
@@ -267,19 +267,29 @@ def test_a_prefix_is_reused_by_copying_its_cache(llama):
                 torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_pads_may_be_told_to_the_cache_instead_of_every_forward(llama):
+@pytest.mark.parametrize("dense_tail", [0, 5])
+def test_pads_may_be_told_to_the_cache_instead_of_every_forward(llama, dense_tail):
+    llama.config.swaa = SWAAConfig(WINDOW, SINKS, (), False, dense_tail)
     inputs = batch(40, 13)
     position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     more = torch.randint(3, 99, (2, 6))
+    known = {"prompt_lengths": [33, 46]}
     for max_length in CACHES.values():
         told = SWAACache(llama.config, max_length=max_length, attention_mask=inputs["attention_mask"])
         each = SWAACache(llama.config, max_length=max_length)
-        forward(llama, inputs["input_ids"], told, position_ids=position_ids)
-        forward(llama, inputs["input_ids"], each, attention_mask=inputs["attention_mask"], position_ids=position_ids)
+        forward(llama, inputs["input_ids"], told, position_ids=position_ids, **known)
+        forward(
+            llama,
+            inputs["input_ids"],
+            each,
+            attention_mask=inputs["attention_mask"],
+            position_ids=position_ids,
+            **known,
+        )
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
         later = position_ids[:, -1:] + 1 + torch.arange(6)
-        ours = forward(llama, more, told, position_ids=later)
-        theirs = forward(llama, more, each, attention_mask=mask, position_ids=later)
+        ours = forward(llama, more, told, position_ids=later, **known)
+        theirs = forward(llama, more, each, attention_mask=mask, position_ids=later, **known)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -338,3 +348,79 @@ def test_model_and_cache_are_usable_after_an_interrupt(llama):
         again = llama.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache)
         assert torch.equal(again, expected)
         assert torch.equal(llama.generate(ids, max_new_tokens=12, do_sample=False), expected)
+
+
+def test_the_first_real_token_of_a_sequence_may_come_alone(llama):
+    inputs = batch(LENGTH, LENGTH - 1)  # the last chunk is one token, the only one of the first prompt
+    for config in each_recipe(llama):
+        lengths = [1, LENGTH]
+        kwargs = {**inputs, **GREEDY, "max_new_tokens": NEW}
+        expected = under_reference(llama, config, lambda kwargs=kwargs: llama.generate(**kwargs), lengths)
+        for cache in caches(llama, prompt_lengths=lengths):
+            compare(llama.generate(**kwargs, prefill_chunk_size=7, past_key_values=cache), expected)
+
+
+def test_a_reset_cache_of_fixed_size_begins_with_any_chunk(llama):
+    llama.config.swaa = RECIPES[1]
+    ids, used, fresh = torch.randint(3, 99, (1, LENGTH)), *(SWAACache(llama.config, max_length=64) for _ in range(2))
+    forward(llama, ids, used)
+    used.reset()
+    for first, stop in ((0, 1), (1, 15), (15, 29)):
+        ours, theirs = (forward(llama, ids[:, first:stop], cache) for cache in (used, fresh))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_prompt_lengths_move_with_their_sequences(llama):
+    llama.config.swaa = RECIPES[3]
+    ids, more, order = torch.randint(3, 99, (2, 29)), torch.randint(3, 99, (2, 20)), torch.tensor([1, 0])
+    cache = SWAACache(llama.config, prompt_lengths=[33, 44])
+    forward(llama, ids, cache)
+    cache.reorder_cache(order)
+    straight = SWAACache(llama.config, prompt_lengths=[44, 33])
+    forward(llama, ids[order], straight)
+    ours, theirs = (forward(llama, more, c) for c in (cache, straight))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    cache.batch_select_indices(torch.tensor([1]))
+    assert cache.prompt_lengths.tolist() == [33]
+    cache.reset()
+    assert cache.prompt_lengths is None
+
+
+def test_lengths_and_pads_per_prompt_serve_beams(llama):
+    inputs = batch(LENGTH, 13)
+    kwargs = {"max_new_tokens": NEW, "num_beams": 3, "do_sample": False}
+    for config in each_recipe(llama):
+        expected = under_reference(
+            llama, config, lambda: llama.generate(**inputs, **kwargs), [LENGTH - 13] * 3 + [LENGTH] * 3
+        )
+        for cache in caches(llama, prompt_lengths=[LENGTH - 13, LENGTH], attention_mask=inputs["attention_mask"]):
+            assert torch.equal(llama.generate(**inputs, **kwargs, past_key_values=cache), expected)
+
+
+def test_a_dense_tail_that_comes_too_late_is_refused(llama):
+    ids = torch.randint(3, 99, (1, 29))
+    for cache in caches(llama):
+        with swaa_flex.prompt(29, dense_tail=5), pytest.raises(ConfigError, match="dense_tail=5.*has released keys"):
+            llama.generate(ids, max_new_tokens=3, prefill_chunk_size=10, past_key_values=cache)
+
+
+def test_a_later_prompt_in_chunks_is_refused_by_a_cache_of_fixed_size(llama):
+    llama.config.swaa = RECIPES[1]
+    cache = SWAACache(llama.config, max_length=64, prompt_lengths=20)
+    forward(llama, torch.randint(3, 99, (1, 20)), cache)
+    forward(llama, torch.randint(3, 99, (1, 1)), cache)
+    cache.prompt_lengths = 40
+    forward(llama, torch.randint(3, 99, (1, 9)), cache)
+    with pytest.raises(ConfigError, match="later prompt arrives in several forwards.*without max_length"):
+        forward(llama, torch.randint(3, 99, (1, 9)), cache)
+
+
+def test_more_tokens_than_there_are_cannot_be_cropped(llama):
+    cache = SWAACache(llama.config)
+    with pytest.raises(ConfigError, match=r"crop\(-3\).*of 0"):
+        cache.crop(-3)
+    forward(llama, torch.randint(3, 99, (1, 5)), cache)
+    with pytest.raises(ConfigError, match=r"crop\(-9\).*of 5"):
+        cache.crop(-9)
+    cache.crop(-5)
+    assert cache.get_seq_length() == 0

@@ -99,8 +99,8 @@ def test_an_answer_ends_at_its_end_token_and_is_filled_with_pads(compiled):
 
 def test_sampling_and_streaming_are_given_by_the_caller(compiled):
     class Streamer:
-        seen: list[int] = []
-        ended = False
+        def __init__(self):
+            self.seen, self.ended = [], False
 
         def put(self, tokens):
             self.seen.extend(tokens.tolist())
@@ -111,7 +111,7 @@ def test_sampling_and_streaming_are_given_by_the_caller(compiled):
     streamer = Streamer()
     ids = torch.randint(3, 99, (1, 50))
     answer = compiled.generate(ids, max_new_tokens=7, sample=lambda logits: logits.argmin(-1), streamer=streamer)
-    assert answer[0].tolist() == streamer.seen
+    assert ids[0].tolist() + answer[0].tolist() == streamer.seen
     assert streamer.ended
     assert not torch.equal(answer, compiled.generate(ids, max_new_tokens=7))
 
@@ -135,6 +135,10 @@ def test_requests_that_do_not_fit_are_refused_by_name(compiled):
         compiled.generate(ids, max_new_tokens=11)
     with pytest.raises(ConfigError, match="4 sequences: compiled for batch_size=3"):
         compiled.prefill(torch.randint(3, 99, (4, 10)))
+    with pytest.raises(ConfigError, match="max_new_tokens=0"):
+        compiled.generate(ids, max_new_tokens=0)
+    with pytest.raises(ConfigError, match="lists have no pads"):
+        compiled.prefill([[1, 2]], torch.ones(1, 2))
     with pytest.raises(ConfigError, match="without tokens"):
         compiled.prefill([[]])
     logits = compiled.prefill(torch.randint(3, 99, (1, 299)))
@@ -240,6 +244,10 @@ def test_a_compile_cache_is_saved_loaded_and_checked(tmp_path):
     path.write_bytes(data.replace(torch.__version__.encode(), b"1.13.0", 1))
     with pytest.raises(ConfigError, match=rf"torch: 1.13.0 there, {torch.__version__.split('+')[0]}.*here"):
         swaa_flex.load_compile_cache(path)
+    for damaged in (data[:60], data[:-200]):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="damaged"):
+            swaa_flex.load_compile_cache(path)
     path.write_bytes(b"something else")
     with pytest.raises(ConfigError, match="save_compile_cache wrote"):
         swaa_flex.load_compile_cache(path)

@@ -12,9 +12,9 @@ What it shows:
    gets the tokens that `generate` gets.
 
 The packages hold the weights but no cache: its tensors are inputs that the steps change in place, so prefill and
-decode share them without a copy. A prompt is padded on the left to whole chunks, and `first` says where it begins; what
-is constant in the graph is only the batch size, the chunk size and the capacity of the cache. The recipe has no dense
-tail and slides while decoding: a layer then holds sinks and window from the first token on.
+decode share them without a copy. A prompt is padded on the left to whole chunks, and `first` says where it begins;
+only batch size, chunk size and the capacity of the cache are constant in the graphs. The recipe has no dense tail and
+slides while decoding: a layer then holds sinks and window from the first token on.
 
 It needs a C++ compiler and takes a minute or two.
 """

@@ -244,33 +244,34 @@ def _kernel_options(query: Tensor, key: Tensor, segment: Segment, is_slice: bool
         return {"BACKEND": "TRITON"}
     options: dict[str, Any] = {"BACKEND": "TRITON_DECODE"}
     if query.dtype.itemsize == 2 and query.shape[-1] <= 128:
-        # The defaults of torch 2.11 to 2.13 keep one tile in flight. Three reach 96 to 99 % of the bandwidth of an H200
-        # at 128 k tokens and batch 1, 32 k and batch 8, instead of 66 % (benchmarks/decode_kernel.py).
+        # The defaults of torch 2.11 to 2.13 keep one tile in flight, which leaves a third of the bandwidth unused
+        # (benchmarks/decode_kernel.py).
         options |= {"BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
     return options
 
 
 def _padded_groups(query: Tensor, key: Tensor, segment: Segment, is_slice: bool) -> Tensor:
-    """`query` with zero heads added to each group, if the decode kernel can then run it: its groups are powers of 2."""
+    """`query` with zero heads added to each group, if the decode kernel, which wants powers of 2, can then run it."""
     group = query.shape[1] // key.shape[1]
     if segment.backend != "triton" or group & (group - 1) == 0 or segment.mask.looks_at_heads:
         return query
     wanted = 1 << group.bit_length()
     grouped = query.unflatten(1, (key.shape[1], group))
-    padded = F.pad(grouped, (0, 0, 0, 0, 0, wanted - group)).flatten(1, 2)
+    padded: Tensor = F.pad(grouped, (0, 0, 0, 0, 0, wanted - group)).flatten(1, 2)
     return padded if _can_decode(padded, key, segment, is_slice) else query
 
 
 def _unpadded_groups(x: Tensor, key: Tensor, group: int) -> Tensor:
     """Drops the heads that `_padded_groups` added, from `[batch, heads, ...]`."""
-    return x.unflatten(1, (key.shape[1], -1))[:, :, :group].flatten(1, 2)
+    grouped: Tensor = x.unflatten(1, (key.shape[1], -1))[:, :, :group]
+    return grouped.flatten(1, 2)
 
 
 def _can_decode(query: Tensor, key: Tensor, segment: Segment, is_slice: bool) -> bool:
     """Whether the decode kernel, which splits the keys among the processors, can run a few rows.
 
-    It holds all rows of a kv head's group in one tile, which must divide the sparse block, and gives wrong results for a
-    few rows cut out of a longer query (seen with torch 2.11 on an H200).
+    It holds all rows of a kv head's group in one tile, which must divide the sparse block, and gives wrong results for
+    a few rows cut out of a longer query (seen with torch 2.11 on an H200).
     """
     group = query.shape[1] // key.shape[1]
     block_mask = segment.block_mask

@@ -77,7 +77,7 @@ def attention_forward(
             "swaa_flex makes its masks itself: pass attention_mask as [batch, len] (or not at all) instead of "
             f"{'a mask per pair' if attention_mask is not None else 'calling attention without a mask'}"
         )
-    source = stored(key, module.layer_idx) if hasattr(module, "layer_idx") else None
+    source = stored(key, getattr(module, "layer_idx", None))
     mask = attention_mask.to(query.device)
     info = mask.prompt_info(prompt_lengths, decode_rows, source)
     tensors = (query, key, value) if s_aux is None else (query, key, value, s_aux)

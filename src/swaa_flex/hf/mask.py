@@ -38,7 +38,8 @@ from ..masks import (
     window,
 )
 from ..plan import AttentionPlan, plan
-from .cache import Stored, ring_columns, told_by_attention_mask
+from .cache import Stored, told_by_attention_mask
+from .cache_layers import ring_columns
 from .config import swaa_of
 from .prompt import PromptInfo, surrounding_prompt
 
@@ -142,7 +143,7 @@ class ForwardMask(BlockMask):
         self.native = native  # the model's own restriction, None if only `mask_function` knows it
         self.mask_function = mask_function
         self.is_packed = is_packed
-        # Of the padding mask only where each sequence begins and ends: unlike itself, that has one shape at every step.
+        # Of the padding mask only where each sequence begins and ends, which has one shape at every step.
         self.ends = ends
         self.seen = seen  # its length
         self.info = info
@@ -251,8 +252,8 @@ class ForwardMask(BlockMask):
                 tail = config.dense_tail if info.dense_tail is None else info.dense_tail
                 if source is not None and source.too_late_for(tail):
                     raise ConfigError(
-                        f"dense_tail={tail}: the cache was made for a recipe without a dense tail and has released keys "
-                        "that the tail would see; set dense_tail in the recipe before the cache is made"
+                        f"dense_tail={tail}: the cache was made for a recipe without a dense tail and has released "
+                        "keys that the tail would see; set dense_tail in the recipe before the cache is made"
                     )
                 inner, dense = self._rows(near, tail, kind.full_attention_decode, info, module, stop)
                 mask = self._mask(inner, dense, position_ids, first, stop)

@@ -1,0 +1,323 @@
+"""Layers of `SWAACache` that keep sinks and window: one that grows until something is released, one of fixed size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from .cache import Stored
+
+
+class Pads:
+    """Column of each sequence's first token: one tensor for a cache and all of its layers, at one address."""
+
+    first: Tensor | None = None
+
+    def set(self, first: Tensor) -> None:
+        """Takes the columns `[batch]`."""
+        if self.first is None or self.first.shape != first.shape or self.first.device != first.device:
+            self.first = first.to(torch.long, copy=True)
+            _keep_address(self.first)
+        else:
+            self.first.copy_(first)
+
+    def forget(self, keep_tensor: bool) -> None:
+        """Back to no pads."""
+        if keep_tensor and self.first is not None:
+            self.first.zero_()
+        else:
+            self.first = None
+
+
+class SinksAndWindowLayer(DynamicLayer):
+    """Keys of the first tokens and of the last ones, in order; everything until something is released."""
+
+    keys: Any  # transformers makes them when the first ones come
+    values: Any
+
+    def __init__(self, sink_tokens: int, sliding_window: int, pads: Pads, hold_prompt: bool, slack: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.pads = pads
+        self.sink_tokens = sink_tokens
+        self.sliding_window = sliding_window
+        self.slack = slack
+        self.hold_prompt = hold_prompt
+        self._forget()
+
+    def _forget(self) -> None:
+        self.record_past = False
+        self.length = 0
+        self.layout: tuple[int, int] = (0, 0)  # sink slots, and column of the slot after them
+        self.due = False  # a release that waits for `crop`
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.length += key_states.shape[-2]
+        keys, values = super().update(key_states, value_states)
+        return keys, values
+
+    def after_attention(self, decoding: bool) -> None:
+        """See `Stored.release`."""
+        if self.hold_prompt and not decoding:
+            return
+        if self.record_past:
+            self.due = True
+        else:
+            self._release()
+
+    def begin_decoding(self) -> None:
+        if not self.record_past:
+            self._release()
+
+    def _release(self) -> None:
+        self.due = False
+        start = self.layout[1]
+        kept_from = self.length - (self.sliding_window - 1) - self.slack
+        if kept_from <= (start or self.sink_tokens):
+            return
+        self.keys, self.values = (self._without(x, kept_from) for x in (self.keys, self.values))
+        self.layout = (self.sink_tokens, kept_from)
+
+    def _without(self, x: Tensor, kept_from: int) -> Tensor:
+        """`x` without what lies between the sinks and column `kept_from`."""
+        slots, start = self.layout
+        tail = x[:, :, kept_from - start + slots :]
+        if self.pads.first is None:
+            return torch.cat([x[:, :, : self.sink_tokens], tail], dim=2)
+        slot = torch.arange(self.sink_tokens, device=x.device)
+        column = self.pads.first.to(x.device)[:, None] + slot
+        held_in = torch.where(column < start, slot, column - start + slots).clamp(max=x.shape[2] - 1)
+        return torch.cat([_take(x, held_in), tail], dim=2)
+
+    def can_crop(self, tokens: int) -> bool:
+        """Whether the layer holds the window of the token that comes after taking back that many."""
+        start = self.layout[1]
+        return start == 0 or tokens == 0 or self.length - tokens - (self.sliding_window - 1) >= start
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.length += tokens_to_remove
+        if self.due:
+            self._release()
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.keys.shape[-2] if self.is_initialized else 0) + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._forget()
+
+
+class StaticSinksAndWindowLayer(StaticLayer):
+    """Keys of the first tokens and a ring of the last ones, at fixed addresses; every key while it waits for decoding.
+
+    The token at position p of its sequence lies in slot p if it is a sink, otherwise in slot
+    sink_tokens + (p - sink_tokens) % sliding_window.
+    """
+
+    keys: Any  # transformers makes them when the first ones come
+    values: Any
+
+    def __init__(
+        self, max_length: int, sink_tokens: int, sliding_window: int, pads: Pads, hold_prompt: bool = False
+    ) -> None:
+        super().__init__(max_length)
+        self.pads = pads
+        self.max_length = max_length
+        self.sink_tokens = sink_tokens
+        self.sliding_window = sliding_window
+        self.slots = sink_tokens + sliding_window
+        self.hold_prompt = hold_prompt
+        self.ring: tuple[Tensor, Tensor] | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.holding = self.hold_prompt  # the layer is an ordinary static one until decoding begins
+        self.empty = self.was_empty = True
+        self.lengths_known = False
+        self.prompt_again = False  # rows of a prompt have come after the release
+        self.layout: tuple[int, int | Tensor, bool] = (0, 0, False)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.max_cache_len = self.max_length if self.holding else self.slots
+        super().lazy_initialization(key_states, value_states)
+        if self.pads.first is None:
+            self.pads.set(torch.zeros(key_states.shape[0], dtype=torch.long, device=key_states.device))
+        if not self.holding:
+            self.ring = self.keys, self.values
+        elif self.ring is None:
+            # Made here, not where decoding begins: that may be inside a CUDA graph, which would own the memory.
+            self.ring = self._empty_ring(self.keys), self._empty_ring(self.values)
+
+    def _empty_ring(self, like: Tensor) -> Tensor:
+        ring = like.new_zeros((*like.shape[:2], self.slots, like.shape[3]))
+        _keep_address(ring)
+        return ring
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        new = key_states.shape[-2]
+        self.expect(new)
+        self.was_empty = self.empty
+        if self.holding:
+            self.layout, self.empty = (0, 0, False), False
+            keys, values = super().update(key_states, value_states)
+            return keys, values
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen = self.cumulative_length.clone()
+        self.cumulative_length.add_(new)
+        if self.empty:
+            self.layout, self.empty = (0, 0, False), False
+            return key_states, value_states
+        self._refuse_chunks(new)
+        if new == 1:
+            self.layout = (self.sink_tokens, 0, True)
+            slot = self._slot_of(seen)
+            batch = torch.arange(slot.shape[0], device=slot.device)
+            self.keys[batch, :, slot] = key_states[:, :, 0]
+            self.values[batch, :, slot] = value_states[:, :, 0]
+            return self.keys, self.values
+        start = (seen - (self.sliding_window - 1)).expand(key_states.shape[0])
+        self.layout = (self.sink_tokens, start, False)
+        tail = self._slot_of(start[:, None] + torch.arange(self.sliding_window - 1, device=start.device))
+        sinks = torch.arange(self.sink_tokens, device=tail.device).expand(tail.shape[0], -1)
+        slots = torch.cat([sinks, tail], dim=1)
+        keys, values = _take(self.keys, slots), _take(self.values, slots)
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def _refuse_chunks(self, new: int) -> None:
+        if not self.hold_prompt or torch.compiler.is_compiling():
+            return
+        if self.prompt_again and new > 1:
+            raise ConfigError(
+                "a later prompt arrives in several forwards, and the rows of its dense tail would have to see keys "
+                "that a cache of fixed size has released by then; give it in one forward, or use SWAACache(config) "
+                "without max_length"
+            )
+        self.prompt_again = new > 1
+
+    @property
+    def first(self) -> Tensor:
+        first = self.pads.first
+        assert first is not None
+        return first
+
+    def _slot_of(self, column: Tensor) -> Tensor:
+        """The slot of the token in a column, 0-d or `[batch, n]` (some slot, where there is none)."""
+        position = column - (self.first if column.dim() == 0 else self.first[:, None])
+        beyond = position - self.sink_tokens
+        return torch.where(beyond < 0, position.clamp(min=0), self.sink_tokens + beyond % self.sliding_window)
+
+    def after_attention(self, keys: Tensor, values: Tensor, out: Stored, lengths_known: bool, decoding: bool) -> None:
+        """See `Stored.release`; `out` says which columns `keys` and `values` belong to."""
+        if self.holding:
+            self.lengths_known = lengths_known
+            first_token = self.was_empty and not lengths_known
+            if decoding and not first_token and not torch.compiler.is_compiling():
+                self.begin_decoding()
+            return
+        start = out.start[:, None] if isinstance(out.start, Tensor) else out.start
+        column = self._columns()
+        source = column - start + out.sink_slots
+        if out.sink_slots:
+            source = torch.where(column < start, column - self.first[:, None], source)
+        source = source.clamp(min=0)
+        self.keys.copy_(_take(keys, source))
+        self.values.copy_(_take(values, source))
+
+    def _columns(self) -> Tensor:
+        return ring_columns(self.cumulative_length, self.first, self.sink_tokens, self.sliding_window)
+
+    def expect(self, query_length: int) -> None:
+        """One new token is a decode row, unless the caller says where prompts end."""
+        # Not inside a compiled graph: that would be one more graph for the first token, and holding on is right too.
+        if torch.compiler.is_compiling():
+            return
+        if self.holding and query_length == 1 and not self.empty and not self.lengths_known:
+            self.begin_decoding()
+
+    def start(self) -> None:
+        """Begins sequences; from here on every forward takes the same path, the first one too."""
+        if not self.is_initialized:
+            assert self.ring is not None
+            self.lazy_initialization(self.ring[0][:, :, :0], self.ring[1][:, :, :0])
+        self.empty = False
+        self.lengths_known = True
+
+    def begin_decoding(self) -> None:
+        """From every key to sinks and ring."""
+        if not self.holding:
+            return
+        column = self._columns().clamp(min=0)
+        assert self.ring is not None
+        for ring, held in zip(self.ring, (self.keys, self.values), strict=True):
+            ring.copy_(_take(held, column))
+        self.keys, self.values = self.ring
+        self.max_cache_len = self.slots
+        self.holding = False
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.holding:
+            return self.max_length, 0
+        if self.empty:
+            return query_length, 0
+        return (self.slots if query_length == 1 else self.slots - 1 + query_length), 0
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def reset(self) -> None:
+        if self.hold_prompt and not self.holding:
+            self.keys = self.values = None
+            self.is_initialized = False
+            self.cumulative_length.zero_()
+        super().reset()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.is_initialized:
+            for held in (self.keys, self.values):
+                held.copy_(held.index_select(0, beam_idx.to(held.device)))  # stays at its address
+
+
+def _keep_address(tensor: Tensor) -> None:
+    """Tells torch.compile that the tensor stays where it is, as transformers does for its static layers."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)
+
+
+def ring_columns(length: int | Tensor, first: Tensor | int, sink_tokens: int, sliding_window: int) -> Tensor:
+    """The column in each slot of `StaticSinksAndWindowLayer`, -1 for empty ones: `[batch, slots]` or `[1, slots]`.
+
+    Args:
+        length: columns so far.
+        first: column of each sequence's first token, `[batch]`, or 0.
+        sink_tokens: slots for the first tokens.
+        sliding_window: slots of the ring.
+    """
+    if not isinstance(first, Tensor):
+        assert isinstance(length, Tensor)
+        first = torch.full((1,), first, device=length.device)
+    first = first[:, None]
+    slot = torch.arange(sink_tokens + sliding_window, device=first.device)
+    newest = length - 1 - first
+    laps = torch.div(newest - slot, sliding_window, rounding_mode="floor")
+    position = torch.where(slot < sink_tokens, slot, slot + laps.clamp(min=0) * sliding_window)
+    return torch.where(position <= newest, position + first, -1)
+
+
+def _take(x: Tensor, slots: Tensor) -> Tensor:
+    """`x[b, :, slots[b]]` for `x` `[batch, kv_heads, len, head_dim]` and `slots` `[batch, kept]`."""
+    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
