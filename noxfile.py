@@ -52,7 +52,8 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def tests_oldest(session: nox.Session) -> None:
     """Run the tests that touch transformers on the oldest supported one."""
-    paths = ("tests/test_models.py", "tests/test_hf.py", "tests/test_smollm2.py", "tests/test_docs.py")
+    names = ("models", "hf", "cache", "compiled", "smollm2", "docs")
+    paths = tuple(f"tests/test_{name}.py" for name in names)
     run_tests(session, f"transformers=={OLDEST_TRANSFORMERS}", paths=paths)
 
 
@@ -81,6 +82,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time and memory of build_block_mask against create_block_mask."""
-    install(session, ".")
-    session.run("python", "benchmarks/block_mask.py", *session.posargs)
+    """Each benchmark against what one would use instead; `-- --quick` for small sizes."""
+    install(session, ".[plot]")
+    for name in ("block_mask", "decode", "startup"):
+        session.run("python", f"benchmarks/{name}.py", *session.posargs)

@@ -400,7 +400,7 @@ def test_lengths_and_pads_per_prompt_serve_beams(llama):
 def test_a_dense_tail_that_comes_too_late_is_refused(llama):
     ids = torch.randint(3, 99, (1, 29))
     for cache in caches(llama):
-        with swaa_flex.prompt(29, dense_tail=5), pytest.raises(ConfigError, match="dense_tail=5.*has released keys"):
+        with swaa_flex.prompt(29, dense_tail=5), pytest.raises(ConfigError, match=r"dense_tail=5.*has released keys"):
             llama.generate(ids, max_new_tokens=3, prefill_chunk_size=10, past_key_values=cache)
 
 
@@ -411,7 +411,7 @@ def test_a_later_prompt_in_chunks_is_refused_by_a_cache_of_fixed_size(llama):
     forward(llama, torch.randint(3, 99, (1, 1)), cache)
     cache.prompt_lengths = 40
     forward(llama, torch.randint(3, 99, (1, 9)), cache)
-    with pytest.raises(ConfigError, match="later prompt arrives in several forwards.*without max_length"):
+    with pytest.raises(ConfigError, match=r"later prompt arrives in several forwards.*without max_length"):
         forward(llama, torch.randint(3, 99, (1, 9)), cache)
 
 

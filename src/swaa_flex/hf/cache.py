@@ -201,7 +201,7 @@ class SWAACache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and first column of the keys that a layer's attention will work on.
 
-        Being asked, before the first layer of every forward, also is the moment for what must not happen in the layers:
+        Being asked, before the first layer of every forward, also is the moment for what cannot happen in the layers:
         refusing an interrupted forward, and releasing prompts.
         """
         if torch.compiler.is_compiling():
@@ -396,5 +396,5 @@ _handed_in_graph: list[tuple[Tensor, SWAACache, int]] = []
 
 
 def _handed() -> list[tuple[Tensor, SWAACache, int]]:
-    """The keys that a cache handed out last, and to which layer, until that asks. (One thread traces at a time.)"""
+    """The keys that a cache handed out last, and to which layer; one thread traces at a time."""
     return _handed_in_graph if torch.compiler.is_compiling() else _handed_in_thread.out
