@@ -61,6 +61,15 @@ def test_nothing_is_traced_after_the_warm_up():
     assert len(graphs) == 2
 
 
+@pytest.mark.slow
+def test_inductor_compiles_it_on_a_cpu():
+    torch._dynamo.reset()
+    model = make("llama", RECIPES[0], num_hidden_layers=2)
+    compiled = swaa_flex.compile(model, max_length=300, batch_size=2, prefill_chunk=128, backend="inductor")
+    inputs = batch(100, 13)
+    assert torch.equal(compiled.generate(**inputs, max_new_tokens=12), greedy(model, RECIPES[0], inputs, 12))
+
+
 def test_prompts_may_be_lists_and_fewer_than_the_batch(compiled):
     prompts = [torch.randint(3, 99, (n,)).tolist() for n in (40, 150)]
     together = compiled.generate(prompts, max_new_tokens=9)

@@ -85,7 +85,7 @@ class Step(torch.nn.Module):
         return {"first": torch.zeros_like(self.cache.first), "layers": layers}
 
     def forward(self, ids, state):
-        self.cache._pads.first = first = state["first"]
+        self.cache.first = first = state["first"]
         for layer, tensors in zip(self.cache.layers, state["layers"], strict=True):
             for name, tensor in tensors.items():
                 setattr(layer, name, tensor)
@@ -106,37 +106,10 @@ def export(model, tokens):
         return torch.export.export(step, (torch.zeros(1, tokens, dtype=torch.long), step.empty_state()))
 
 
-def compute_captures_first(program):
-    """Has the tensors that masks look into computed before the attention kernel.
-
-    Inductor would inline them into the kernel, and its CPU kernel cannot be generated then (torch 2.13: "No choices to
-    select"). `as_strided` with the strides a tensor has changes nothing, but asks for the tensor in memory.
-    """
-    graph = program.graph
-    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.flex_attention):
-        captured = []
-        for tensor in node.args[8]:
-            value = tensor.meta["val"]
-            with graph.inserting_before(node):
-                inputs = (tensor, list(value.shape), list(value.stride()))
-                in_memory = graph.call_function(torch.ops.aten.as_strided.default, inputs)
-            in_memory.meta["val"] = value
-            captured.append(in_memory)
-        node.update_arg(8, tuple(captured))
-    program.graph_module.recompile()
-
-
 def write_packages(folder):
     model = tiny_model()
     for name, tokens in (("prefill", CHUNK), ("decode", 1)):
-        program = export(model, tokens)
-        compute_captures_first(program)
-        torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=str(folder / f"{name}.pt2"),
-            # Folding would turn a captured tensor of equal numbers into something to inline again.
-            inductor_configs={"joint_graph_constant_folding": False},
-        )
+        torch._inductor.aoti_compile_and_package(export(model, tokens), package_path=str(folder / f"{name}.pt2"))
     torch.manual_seed(1)
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT))
     answer = model.generate(

@@ -228,6 +228,16 @@ def with_tensors(mask: Mask, device: torch.device) -> Mask:
     return replace(mask, **changes)  # type: ignore[type-var]
 
 
+def with_tensors_in_memory(mask: Mask) -> Mask:
+    """The same mask in a compiled graph, its tensors computed before the attention kernel that looks into them.
+
+    Inductor inlines what can be inlined, and its CPU kernel cannot be generated then ("No choices to select", torch
+    2.13). A view with the strides that a tensor has changes nothing, but asks for the tensor in memory.
+    """
+    changes = {f.name: _in_memory(getattr(mask, f.name)) for f in fields(mask) if f.init}  # type: ignore[arg-type]
+    return replace(mask, **changes)  # type: ignore[type-var]
+
+
 def has_scalar_tensor(mask: Mask) -> bool:
     """Whether the mask holds a 0-d tensor, such as an offset that changes in place."""
     return "tensor0" in str(mask.structure)
@@ -239,6 +249,17 @@ def _as_tensors(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_as_tensors(part, device) for part in value)
     return torch.tensor(value, device=device) if isinstance(value, int) else value
+
+
+def _in_memory(value: Any) -> Any:
+    if isinstance(value, Mask):
+        return with_tensors_in_memory(value)
+    if isinstance(value, tuple):
+        return tuple(_in_memory(part) for part in value)
+    if isinstance(value, Tensor):
+        value = value.contiguous()
+        return value.as_strided(value.shape, value.stride())
+    return value
 
 
 def _flat(kind: type[And] | type[Or], mask: Mask) -> tuple[Mask, ...]:

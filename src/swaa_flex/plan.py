@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import backends, chunked
-from .algebra import Mask, has_scalar_tensor, with_tensors
+from .algebra import Mask, has_scalar_tensor, with_tensors, with_tensors_in_memory
 from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
 from .intervals import Bounds
 from .masks import offset, per_sequence_offset
@@ -168,6 +168,8 @@ def _flex_segment(
     elif backend == "triton" and shifted and not isinstance(shift, Tensor) and torch.compiler.is_compiling():
         shift = _row_tensor(shift, device)  # may be symbolic: see `plan`
     local = offset(mask, q=shift) if backend != "flash" else per_sequence_offset(mask, shift)
+    if backend == "cpp" and torch.compiler.is_compiling():
+        local = with_tensors_in_memory(local)
     block_mask = layout(
         local,
         bounds,

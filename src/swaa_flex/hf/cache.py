@@ -120,6 +120,10 @@ class SWAACache(Cache):
         """Column of each sequence's first token, `[batch]`, as far as attention masks have told; None: column 0."""
         return self._pads.first
 
+    @first.setter
+    def first(self, first: Tensor) -> None:
+        self._pads.first = first
+
     def memory(self) -> dict[str, int]:
         """Bytes held, by kind of layer.
 

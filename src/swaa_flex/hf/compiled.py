@@ -39,8 +39,7 @@ def compile(
         prefill_chunk: tokens of a prompt that are computed at once; a multiple of 128.
         options: of `torch.compile` for the decode step, such as `{"coordinate_descent_tuning": True}` (slower to
             compile, faster at batch size 1).
-        backend: of `torch.compile`; None: "inductor" on a GPU, no compilation on a CPU (inductor cannot lower masks
-            that are built inside the graph there, and the chunked backend is made for uncompiled models).
+        backend: of `torch.compile`; None: "inductor" on a GPU, no compilation on a CPU, where it takes minutes.
 
     Returns:
         The compiled model. Nothing is compiled before its `warmup` or its first request.

@@ -421,7 +421,7 @@ class ForwardMask(BlockMask):
         if first is None:
             return None, None
         first = self._each(first.to(self.device), "first columns (the attention mask of the cache)")
-        return first, torch.full_like(first, 1 << 30)
+        return first, first + (1 << 30)  # not full_like: inductor would inline a constant into the kernel
 
     def _each(self, values: Tensor, name: str) -> Tensor:
         """One value per sequence, `[batch]` (or `[1]`): beams and several answers repeat what is given per prompt."""
