@@ -59,3 +59,12 @@ def test_every_python_block_is_found():
         text = page.read_text()
         assert len(blocks(page)) == text.count("```py"), page
         assert len(re.findall(r"^<!-- (?:not run|slow)", text, re.M)) == sum(b.kept is not None for b in blocks(page))
+
+
+def test_the_tables_of_measurements_are_those_of_the_committed_data():
+    path = ROOT / "benchmarks" / "report.py"
+    report = {"__file__": str(path), "__name__": "report"}
+    exec(compile(path.read_text(), path, "exec"), report)
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert "<!-- table:" in text
+    assert report["written"](text) == text

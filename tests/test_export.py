@@ -22,9 +22,7 @@ def example():
 
 def test_the_exported_decode_step_gives_the_logits_of_eager_mode(example):
     model = example.tiny_model()
-    decode = example.export(model, 1)
-    example.compute_captures_first(decode)
-    decode = decode.module()
+    decode = example.export(model, 1).module()
     step = example.Step(model)
     states = step.empty_state(), step.empty_state()
     prompt = torch.randint(model.config.vocab_size, (1, example.CHUNK))
