@@ -311,3 +311,12 @@ def test_a_forward_compiled_by_the_user_decodes(config):
             tokens = step(tokens, position_ids=at, past_key_values=cache).logits[:, -1:].argmax(-1).clone()
             chosen.append(tokens)
     assert torch.equal(torch.cat(chosen, 1), expected)
+
+
+@pytest.mark.parametrize("config", CACHE_RECIPES, ids=repr)
+@pytest.mark.parametrize("max_length", [None, 256])
+def test_an_offloaded_cache_gives_the_same_tokens(config, max_length):
+    model, inputs = on_gpu("llama", config), padded(100, 13)
+    kwargs = {**inputs, "max_new_tokens": 60, "do_sample": False}
+    cache = SWAACache(model.config, max_length=max_length, offloading=True)
+    assert torch.equal(model.generate(**kwargs, past_key_values=cache, disable_compile=True), model.generate(**kwargs))
