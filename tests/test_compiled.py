@@ -242,6 +242,25 @@ def test_a_forward_that_the_user_compiles_decodes(config):
     assert len(graphs) == 1
 
 
+def test_a_prompt_with_pads_may_be_compiled_by_the_user_too():
+    config = SWAAConfig(16, 3, (1,), False, 0)
+    model, inputs = make("llama", config, num_hidden_layers=2), batch(40, 13)
+    step = torch.compile(model.forward, fullgraph=True, backend="eager")
+    cache = SWAACache(model.config, max_length=64)
+    with torch.no_grad():
+        model(inputs["input_ids"], past_key_values=cache)  # lets the cache learn the shapes
+        cache.reset()
+        position_ids = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        chosen = [step(**inputs, position_ids=position_ids, past_key_values=cache).logits[:, -1].argmax(-1)]
+        mask = inputs["attention_mask"]
+        for _ in range(12):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            at = mask.sum(-1, keepdim=True) - 1
+            out = model(chosen[-1][:, None], attention_mask=mask, position_ids=at, past_key_values=cache)
+            chosen.append(out.logits[:, -1].argmax(-1))
+    assert torch.equal(torch.stack(chosen, 1), greedy(model, config, inputs, 13))
+
+
 def test_a_compile_cache_is_saved_loaded_and_checked(tmp_path):
     torch._dynamo.reset()
     torch.compile(lambda x: (x + 1).sin())(torch.ones(3))

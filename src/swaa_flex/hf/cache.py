@@ -332,6 +332,11 @@ class Stored:
         """Whether slot and column are the same, because nothing has been released."""
         return not self.ring and isinstance(self.start, int) and self.start == 0
 
+    def begins_at(self, first: Tensor) -> None:
+        """Tells the cache in which column each sequence begins, `[batch]`."""
+        if self.cache.first is not None:
+            self.cache.first.copy_(first)
+
     def too_late_for(self, dense_tail: int) -> bool:
         """Whether keys that the tail of a prompt sees were not held for it."""
         if not isinstance(self.layer, _RELEASING) or self.layer.is_sliding:

@@ -290,6 +290,9 @@ class ForwardMask(BlockMask):
         """Lets the cache release what no later row can see."""
         if not source.releases:
             return
+        if torch.compiler.is_compiling() and self.ends is not None and "told" not in self.memo:
+            source.begins_at(self.ends[0])  # outside of graphs the cache is told before the first layer
+            self.memo["told"] = True
         config = swaa_of(self.config)
         tail = config.dense_tail if info.dense_tail is None else info.dense_tail
         source.release(key, value, info.says_where, self._decoding(info, tail, self._ends(source)[0]))
