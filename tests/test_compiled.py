@@ -28,6 +28,12 @@ def greedy(model, config, inputs, new):
 
 
 @pytest.fixture
+def nothing_compiled():
+    """Forwards of all models are one code object, and torch.compile counts what it has compiled of each."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def compiled():
     return swaa_flex.compile(make("llama", RECIPES[1]), max_length=300, batch_size=3, prefill_chunk=128)
 
@@ -43,7 +49,7 @@ def test_every_length_gives_the_tokens_of_the_dense_reference(family, config):
         assert torch.equal(answer, greedy(model, config, inputs, 20)), length
 
 
-def test_nothing_is_traced_after_the_warm_up():
+def test_nothing_is_traced_after_the_warm_up(nothing_compiled):
     graphs = []
 
     def count(graph, inputs):
@@ -62,8 +68,7 @@ def test_nothing_is_traced_after_the_warm_up():
 
 
 @pytest.mark.slow
-def test_inductor_compiles_it_on_a_cpu():
-    torch._dynamo.reset()
+def test_inductor_compiles_it_on_a_cpu(nothing_compiled):
     model = make("llama", RECIPES[0], num_hidden_layers=2)
     compiled = swaa_flex.compile(model, max_length=300, batch_size=2, prefill_chunk=128, backend="inductor")
     inputs = batch(100, 13)
@@ -200,7 +205,7 @@ TWO_LAYERS = [
 
 
 @pytest.mark.parametrize("config", TWO_LAYERS, ids=repr)
-def test_generate_compiles_a_static_cache_once(config):
+def test_generate_compiles_a_static_cache_once(config, nothing_compiled):
     model, inputs = make("llama", config, num_hidden_layers=2), batch(40, 13)
     graphs = []
 
@@ -219,7 +224,7 @@ def test_generate_compiles_a_static_cache_once(config):
 
 
 @pytest.mark.parametrize("config", TWO_LAYERS, ids=repr)
-def test_a_forward_that_the_user_compiles_decodes(config):
+def test_a_forward_that_the_user_compiles_decodes(config, nothing_compiled):
     model = make("llama", config, num_hidden_layers=2)
     graphs = []
 
@@ -242,7 +247,7 @@ def test_a_forward_that_the_user_compiles_decodes(config):
     assert len(graphs) == 1
 
 
-def test_a_prompt_with_pads_may_be_compiled_by_the_user_too():
+def test_a_prompt_with_pads_may_be_compiled_by_the_user_too(nothing_compiled):
     config = SWAAConfig(16, 3, (1,), False, 0)
     model, inputs = make("llama", config, num_hidden_layers=2), batch(40, 13)
     step = torch.compile(model.forward, fullgraph=True, backend="eager")
@@ -261,8 +266,7 @@ def test_a_prompt_with_pads_may_be_compiled_by_the_user_too():
     assert torch.equal(torch.stack(chosen, 1), greedy(model, config, inputs, 13))
 
 
-def test_a_compile_cache_is_saved_loaded_and_checked(tmp_path):
-    torch._dynamo.reset()
+def test_a_compile_cache_is_saved_loaded_and_checked(tmp_path, nothing_compiled):
     torch.compile(lambda x: (x + 1).sin())(torch.ones(3))
     path = tmp_path / "cache"
     swaa_flex.save_compile_cache(path)
