@@ -224,8 +224,10 @@ def negated(mask: Mask) -> Mask:
 
 def with_tensors(mask: Mask, device: torch.device) -> Mask:
     """The same mask with its integers as 0-d tensors: one compiled function for all values."""
-    changes = {f.name: _as_tensors(getattr(mask, f.name), device) for f in fields(mask) if f.init}  # type: ignore[arg-type]
-    return replace(mask, **changes)  # type: ignore[type-var]
+    changed: Mask = _mapped(
+        mask, lambda value: torch.tensor(value, device=device) if isinstance(value, int) else value
+    )
+    return changed
 
 
 def with_tensors_in_memory(mask: Mask) -> Mask:
@@ -234,8 +236,8 @@ def with_tensors_in_memory(mask: Mask) -> Mask:
     Inductor inlines what can be inlined, and its CPU kernel cannot be generated then ("No choices to select", torch
     2.13). A view with the strides that a tensor has changes nothing, but asks for the tensor in memory.
     """
-    changes = {f.name: _in_memory(getattr(mask, f.name)) for f in fields(mask) if f.init}  # type: ignore[arg-type]
-    return replace(mask, **changes)  # type: ignore[type-var]
+    changed: Mask = _mapped(mask, _in_memory)
+    return changed
 
 
 def has_scalar_tensor(mask: Mask) -> bool:
@@ -243,23 +245,21 @@ def has_scalar_tensor(mask: Mask) -> bool:
     return "tensor0" in str(mask.structure)
 
 
-def _as_tensors(value: Any, device: torch.device) -> Any:
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same mask with `change` applied to its values, and to those of the masks in it."""
     if isinstance(value, Mask):
-        return with_tensors(value, device)
+        changes = {f.name: _mapped(getattr(value, f.name), change) for f in fields(value) if f.init}  # type: ignore[arg-type]
+        return replace(value, **changes)  # type: ignore[type-var]
     if isinstance(value, tuple):
-        return tuple(_as_tensors(part, device) for part in value)
-    return torch.tensor(value, device=device) if isinstance(value, int) else value
+        return tuple(_mapped(part, change) for part in value)
+    return change(value)
 
 
 def _in_memory(value: Any) -> Any:
-    if isinstance(value, Mask):
-        return with_tensors_in_memory(value)
-    if isinstance(value, tuple):
-        return tuple(_in_memory(part) for part in value)
-    if isinstance(value, Tensor):
-        value = value.contiguous()
-        return value.as_strided(value.shape, value.stride())
-    return value
+    if not isinstance(value, Tensor):
+        return value
+    value = value.contiguous()
+    return value.as_strided(value.shape, value.stride())
 
 
 def _flat(kind: type[And] | type[Or], mask: Mask) -> tuple[Mask, ...]:

@@ -150,9 +150,8 @@ class ForwardMask(BlockMask):
         self.device = device
         self.plans: dict[Any, AttentionPlan] = {}
         self.moved: dict[torch.device, ForwardMask] = {}
-        self.memo: dict[
-            str, Any
-        ] = {}  # what is the same for all layers; a dict, as dynamo forgets attributes set twice
+        # What is the same for all layers; a dict, as dynamo forgets attributes that are set twice.
+        self.memo: dict[str, Any] = {}
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
