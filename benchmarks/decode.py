@@ -8,22 +8,18 @@ keys and values that the recipe lets a token see, read once at the measured band
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import gc
-import json
-import platform
+import functools
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import runner
 import torch
-import transformers
-from rich.console import Console
 from rich.table import Table
+from runner import GIB
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 import swaa_flex
@@ -60,8 +56,8 @@ class Config:
     contexts: tuple[int, ...]
     steps: int
     shape: dict[str, Any]
-    device: str
     options: dict[str, Any]
+    bandwidth: float  # GB/s
 
 
 @dataclass(frozen=True)
@@ -78,152 +74,146 @@ class Result:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model and short contexts")
+    parser = runner.arguments(__doc__)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--methods", default="swaa_flex,sdpa eager,sdpa compiled,flex compiled")
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="start nothing new after that many seconds"
-    )
-    parser.add_argument("--out", type=Path, help="folder for decode_<device>_batch<n>.json and .png")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--methods", default=",".join(("swaa_flex", *STOCK)))
+    given = parser.parse_args()
+    device, bandwidth = runner.device(), runner.read_bandwidth()
     config = Config(
-        batch=arguments.batch,
-        contexts=(512, 2048) if arguments.quick else (8192, 32768, 131072),
-        steps=4 if arguments.quick else 32,
-        shape=TINY if arguments.quick else QWEN3_4B,
-        device=device,
+        batch=given.batch,
+        contexts=(512, 2048) if given.quick else (8192, 32768, 131072),
+        steps=4 if given.quick else 32,
+        shape=TINY if given.quick else QWEN3_4B,
         # Inductor's tuning of pointwise and reduction kernels, which also does batch 1's matrix-vector products.
-        options={"coordinate_descent_tuning": True} if device == "cuda" and arguments.batch == 1 else {},
+        options={"coordinate_descent_tuning": True} if device == "cuda" and given.batch == 1 else {},
+        bandwidth=bandwidth,
     )
-    bandwidth = read_bandwidth(device)
-    console = Console(width=120)
-    console.print(f"{describe(device)}; read bandwidth {bandwidth / 1e9:.0f} GB/s")
-    results: list[Result] = []
-    data: dict[str, Any] = {
-        "benchmark": "decode",
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/decode.py --batch {config.batch}" + " --quick" * arguments.quick,
-        "machine": describe(device),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "swaa_flex": swaa_flex.__version__,
-        },
-        "read_bandwidth_gb_s": round(bandwidth / 1e9, 1),
-        "config": asdict(config),
+    facts = {
+        "read_bandwidth_gb_s": round(bandwidth, 1),
         "recipes": {name: recipe.to_dict() for name, recipe in RECIPES.items()},
     }
-    path = arguments.out and arguments.out / f"decode_{device}_batch{config.batch}.json"
-
-    def report(result: Result) -> None:
-        results.append(result)
-        console.print(line(result))
-        if path:  # at once: nothing is lost if a later method fails
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(data | {"results": [asdict(r) for r in results]}, indent=1) + "\n")
-
-    begun = time.perf_counter()
-    model = make_model(config)
-    methods = arguments.methods.split(",")
-    runs = [(run_ours, recipe) for recipe in RECIPES if "swaa_flex" in methods]
-    runs += [(run_stock, method) for method in STOCK if method in methods]
-    for run, name in runs:
-        if time.perf_counter() - begun < arguments.seconds:
-            run(model, name, config, bandwidth, report)
-        else:
-            console.print(f"not run, out of time: {name}")
-    console.print(table(results, config))
-    if path:
-        plot(results, data, path.with_suffix(".png"))
-    brief = [(r.method, r.recipe, r.context, r.ms_per_token, round(r.floor_ms, 3)) for r in results]
-    print(json.dumps({key: data[key] for key in ("benchmark", "machine", "versions")} | {"results": brief}))
+    report = runner.Report(f"decode_{device}_batch{given.batch}", config, line, given.out, facts)
+    methods = given.methods.split(",")
+    jobs = [Ours(config, recipe) for recipe in RECIPES if "swaa_flex" in methods]
+    for method in (method for method in STOCK if method in methods):
+        jobs += [Stock(config, method, context) for context in config.contexts]
+    runner.run(sorted(jobs, key=lambda job: -job.gib), report)
+    report.results.sort(key=rank)
+    report.close(table(report.results, config), plot)
 
 
 # --- what is measured -----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Ours:
+    """One compiled model, for the longest context that fits; shorter ones run in the same cache."""
+
+    config: Config
+    recipe: str
+
+    @functools.cached_property
+    def contexts(self) -> tuple[int, ...]:
+        return tuple(c for c in self.config.contexts if fits(self.config, self.recipe, c))
+
+    @functools.cached_property
+    def gib(self) -> float:
+        return held_gib(self.config, self.recipe, self.contexts[-1])
+
+    @torch.no_grad()
+    def prepare(self) -> Callable[[], Iterator[Result]]:
+        config = self.config
+        model = swaa_flex.adapt(make_model(config), RECIPES[self.recipe])
+        start = time.perf_counter()
+        compiled = swaa_flex.compile(
+            model,
+            max_length=self.contexts[-1] + 128,
+            batch_size=config.batch,
+            prefill_chunk=128,
+            options=config.options,
+        )
+        compiled._initialise()
+        compiled._warm_decode()
+        runner.synchronise()
+        return functools.partial(self.measure, compiled, time.perf_counter() - start)
+
+    @torch.no_grad()
+    def measure(self, compiled: swaa_flex.hf.CompiledModel, warmup: float) -> Iterator[Result]:
+        config = self.config
+        memory = compiled.cache.memory()["total"] / GIB
+        for layer in compiled.cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+        tokens = torch.zeros(config.batch, dtype=torch.long, device=runner.device())
+        for context in config.contexts:
+            floor = floor_ms(config, self.recipe, context)
+            if context not in self.contexts:
+                yield Result("swaa_flex", self.recipe, config.batch, context, None, floor, note="does not fit")
+                continue
+            for layer in compiled.cache.layers:
+                layer.cumulative_length.fill_(context)
+            compiled.rows, compiled.room = config.batch, config.steps + 8
+            ms = timed(lambda: compiled.decode_step(tokens), config)
+            yield Result("swaa_flex", self.recipe, config.batch, context, ms, floor, memory, warmup)
+
+    def failed(self, note: str) -> Iterator[Result]:
+        for context in self.config.contexts:
+            floor = floor_ms(self.config, self.recipe, context)
+            yield Result("swaa_flex", self.recipe, self.config.batch, context, None, floor, note=note)
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Full attention as transformers runs it. Compiled, it needs a static cache that is as long as the context."""
+
+    config: Config
+    method: str
+    context: int
+
+    @property
+    def gib(self) -> float:
+        return held_gib(self.config, "full", self.context) if fits(self.config, "full", self.context) else 0
+
+    @torch.no_grad()
+    def prepare(self) -> Callable[[], Iterator[Result]]:
+        if not fits(self.config, "full", self.context):
+            return lambda: self.failed("does not fit")
+        implementation, how = self.method.split()
+        model = make_model(self.config)
+        model.set_attn_implementation("sdpa" if implementation == "sdpa" else "flex_attention")
+        start = time.perf_counter()
+        step = (eager_step if how == "eager" else compiled_step)(model, self.config, self.context)
+        step()
+        runner.synchronise()
+        return functools.partial(self.measure, step, time.perf_counter() - start)
+
+    @torch.no_grad()
+    def measure(self, step: Callable[[], Any], warmup: float) -> Iterator[Result]:
+        floor = floor_ms(self.config, "full", self.context)
+        ms = timed(step, self.config)
+        yield Result(self.method, "full", self.config.batch, self.context, ms, floor, None, warmup)
+
+    def failed(self, note: str) -> Iterator[Result]:
+        floor = floor_ms(self.config, "full", self.context)
+        yield Result(self.method, "full", self.config.batch, self.context, None, floor, note=note)
+
+
 def make_model(config: Config) -> PreTrainedModel:
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if config.device == "cuda" else torch.float32
-    with torch.device(config.device):
+    dtype = torch.bfloat16 if runner.device() == "cuda" else torch.float32
+    with torch.device(runner.device()):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model("qwen3", **config.shape), dtype=dtype, attn_implementation="sdpa"
         )
     return model.eval()
 
 
-@torch.no_grad()
-def run_ours(
-    model: PreTrainedModel, recipe: str, config: Config, bandwidth: float, report: Callable[[Result], None]
-) -> None:
-    """One compiled model per recipe, for the longest context that fits; shorter ones run in the same cache."""
-    swaa_flex.adapt(model, RECIPES[recipe])
-    contexts = [c for c in config.contexts if fits(model, recipe, config, c)]
-    for context in config.contexts:
-        if context not in contexts:
-            floor = floor_ms(model, recipe, config, context, bandwidth)
-            report(Result("swaa_flex", recipe, config.batch, context, None, floor, note="does not fit"))
-    torch._dynamo.reset()
-    start = time.perf_counter()
-    compiled = swaa_flex.compile(
-        model, max_length=contexts[-1] + 128, batch_size=config.batch, prefill_chunk=128, options=config.options
-    )
-    compiled._initialise()
-    compiled._warm_decode()
-    synchronise(config.device)
-    warmup = time.perf_counter() - start
-    memory = compiled.cache.memory()["total"] / 2**30
-    for layer in compiled.cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-    for context in contexts:
-        for layer in compiled.cache.layers:
-            layer.cumulative_length.fill_(context)
-        compiled.rows, compiled.room = config.batch, config.steps + 8
-        tokens = torch.zeros(config.batch, dtype=torch.long, device=config.device)
-        ms = timed(lambda tokens=tokens: compiled.decode_step(tokens), config)
-        floor = floor_ms(model, recipe, config, context, bandwidth)
-        report(Result("swaa_flex", recipe, config.batch, context, ms, floor, memory, warmup))
-    swaa_flex.restore(model)
-    free()
-
-
-@torch.no_grad()
-def run_stock(
-    model: PreTrainedModel, method: str, config: Config, bandwidth: float, report: Callable[[Result], None]
-) -> None:
-    implementation, how = method.split()
-    model.set_attn_implementation("sdpa" if implementation == "sdpa" else "flex_attention")
-    for context in config.contexts:
-        floor = floor_ms(model, "full", config, context, bandwidth)
-        if not fits(model, "full", config, context):
-            report(Result(method, "full", config.batch, context, None, floor, note="does not fit"))
-            continue
-        torch._dynamo.reset()
-        start = time.perf_counter()
-        try:
-            step = eager_step(model, config, context) if how == "eager" else compiled_step(model, config, context)
-            step()
-            synchronise(config.device)
-            warmup = time.perf_counter() - start
-            report(Result(method, "full", config.batch, context, timed(step, config), floor, None, warmup))
-        except Exception as error:  # what stock cannot do is a result too
-            note = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-            report(Result(method, "full", config.batch, context, None, floor, note=note))
-        step = None
-        free()
-    model.set_attn_implementation("sdpa")
-
-
 def eager_step(model: PreTrainedModel, config: Config, context: int) -> Callable[[], Any]:
     cache = DynamicCache(config=model.config)
     for index in range(model.config.num_hidden_layers):
-        keys = torch.randn(kv_shape(config, context), dtype=model.dtype, device=config.device)
+        keys = torch.randn(kv_shape(config, context), dtype=model.dtype, device=model.device)
         cache.update(keys, keys.clone(), index)
-    tokens = torch.zeros(config.batch, 1, dtype=torch.long, device=config.device)
+    tokens = torch.zeros(config.batch, 1, dtype=torch.long, device=model.device)
     return lambda: model(tokens, past_key_values=cache).logits
 
 
@@ -235,13 +225,15 @@ def compiled_step(model: PreTrainedModel, config: Config, context: int) -> Calla
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(context)
-    mode = "reduce-overhead" if config.device == "cuda" else None
-    forward = torch.compile(model.forward, mode=mode, fullgraph=True)
-    tokens = torch.zeros(config.batch, 1, dtype=torch.long, device=config.device)
-    position = torch.full((config.batch, 1), context, device=config.device)
+    cuda = model.device.type == "cuda"
+    # The mask of transformers' flex_attention does not compile into one graph (torch 2.13).
+    whole = model.config._attn_implementation == "sdpa"
+    forward = torch.compile(model.forward, mode="reduce-overhead" if cuda else None, fullgraph=whole)
+    tokens = torch.zeros(config.batch, 1, dtype=torch.long, device=model.device)
+    position = torch.full((config.batch, 1), context, device=model.device)
 
     def step() -> Any:
-        if config.device == "cuda":
+        if cuda:
             torch.compiler.cudagraph_mark_step_begin()
         return forward(tokens, position_ids=position, past_key_values=cache).logits
 
@@ -257,11 +249,11 @@ def timed(step: Callable[[], Any], config: Config) -> float:
     per_run = max(1, config.steps // 4)
     times = []
     for _ in range(4):
-        synchronise(config.device)
+        runner.synchronise()
         start = time.perf_counter()
         for _ in range(per_run):
             step()
-        synchronise(config.device)
+        runner.synchronise()
         times.append((time.perf_counter() - start) / per_run * 1e3)
     return statistics.median(times)
 
@@ -269,66 +261,51 @@ def timed(step: Callable[[], Any], config: Config) -> float:
 # --- the floor ------------------------------------------------------------------------------------------------
 
 
-def floor_ms(model: PreTrainedModel, recipe: str, config: Config, context: int, bandwidth: float) -> float:
+def floor_ms(config: Config, recipe: str, context: int) -> float:
     """Weights, and keys and values that a new token sees, at the bandwidth."""
+    return (weight_bytes(config) + cache_bytes(config, recipe, context)) / config.bandwidth / 1e6
+
+
+def weight_bytes(config: Config) -> int:
     # With tied embeddings the one matrix is read whole as the output layer, and one row of it as the input.
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return (weights + cache_bytes(model, recipe, config, context)) / bandwidth * 1e3
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **config.shape))
+    return sum(p.numel() for p in model.parameters()) * itemsize()
 
 
-def cache_bytes(model: PreTrainedModel, recipe: str, config: Config, context: int) -> int:
+def cache_bytes(config: Config, recipe: str, context: int) -> int:
     swaa = RECIPES[recipe]
     tokens = 0
     for kind in swaa.resolve(config.shape["num_hidden_layers"]):
         near = context if swaa.sliding_window is None else min(context, swaa.sliding_window + swaa.sink_tokens)
         tokens += context if kind.full_attention_decode else near
     batch, heads, _, head_dim = kv_shape(config, 1)
-    return 2 * batch * heads * head_dim * tokens * model.dtype.itemsize
+    return 2 * batch * heads * head_dim * tokens * itemsize()
 
 
-def fits(model: PreTrainedModel, recipe: str, config: Config, context: int) -> bool:
-    if config.device == "cpu":
-        return True
-    return cache_bytes(model, recipe, config, context) < torch.cuda.mem_get_info()[0] * 0.85
+def held_gib(config: Config, recipe: str, context: int) -> float:
+    """Device memory of one process: weights, cache, and what CUDA and a step take."""
+    return (weight_bytes(config) + cache_bytes(config, recipe, context)) / GIB + 3
+
+
+def fits(config: Config, recipe: str, context: int) -> bool:
+    return held_gib(config, recipe, context) < runner.capacity_gib()
 
 
 def kv_shape(config: Config, tokens: int) -> tuple[int, int, int, int]:
     return config.batch, config.shape["num_key_value_heads"], tokens, config.shape["head_dim"]
 
 
-def read_bandwidth(device: str) -> float:
-    """Bytes per second of a large reduction."""
-    source = torch.zeros((1 << 31 if device == "cuda" else 1 << 27) // 4, dtype=torch.int32, device=device)
-    times = []
-    for _ in range(8):
-        synchronise(device)
-        start = time.perf_counter()
-        source.max()
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-    return source.numel() * 4 / min(times)
-
-
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def free() -> None:
-    gc.collect()
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def itemsize() -> int:
+    return 2 if runner.device() == "cuda" else 4
 
 
 # --- what is printed ------------------------------------------------------------------------------------------
 
 
-def describe(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+def rank(result: Result) -> tuple[int, int, int]:
+    methods, recipes = ("swaa_flex", *STOCK), tuple(RECIPES)
+    return methods.index(result.method), recipes.index(result.recipe), result.context
 
 
 def line(result: Result) -> str:
@@ -358,12 +335,13 @@ def cell(result: Result | None) -> str:
     return f"{result.ms_per_token:.2f} ({result.ms_per_token / result.floor_ms:.2f})"
 
 
-def plot(results: list[Result], data: dict[str, Any], path: Path) -> None:
+def plot(data: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    results = [Result(**result) for result in data["results"]]
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for method, recipe in dict.fromkeys((r.method, r.recipe) for r in results):
         points = [(r.context, r.ms_per_token) for r in results if (r.method, r.recipe) == (method, recipe)]

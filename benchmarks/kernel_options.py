@@ -1,0 +1,465 @@
+"""Prefill attention under window 2048 and 128 sinks: options, block orders and ways to write the mask, side by side.
+
+    python benchmarks/kernel_options.py [--quick] [--only NAME,NAME] [--out docs/benchmarks]
+
+What swaa_flex chose from this, and what it dropped, is in docs/performance-log.md. The error is the largest difference
+to float64 attention in sampled rows, the first and the last ones among them. Needs a CUDA device, but for `--quick`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import runner
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+import swaa_flex
+from swaa_flex.masks import causal, rows_from, sinks, window
+
+W, K, TAIL = 2048, 128, 64
+WINDOW = causal() & (window(W) | sinks(K))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed: "window", "full" (causal), or the "tail": the last 64 rows, full causal."""
+
+    work: str
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of one head."""
+        rows = self.length
+        if self.work == "full":
+            return rows * (rows + 1) // 2
+        if self.work == "tail":
+            return TAIL * rows - TAIL * (TAIL - 1) // 2
+        seen = min(W + K, rows)
+        return seen * (seen + 1) // 2 + (rows - seen) * seen
+
+    @property
+    def tera(self) -> float:
+        """Useful TFLOP: two products, a multiplication and an addition each."""
+        return 4 * self.pairs * self.heads * self.head_dim / 1e12
+
+    def __str__(self) -> str:
+        return f"{self.work} {self.length >> 10}k {self.heads}/{self.kv_heads}x{self.head_dim}"
+
+
+BIG = Case("window", 1 << 17, 32, 8, 128)
+MIDDLE = Case("window", 1 << 15, 32, 8, 128)
+FULL = Case("full", 1 << 15, 32, 8, 128)
+LAST = Case("tail", 1 << 17, 32, 8, 128)
+SMALL_HEADS = (Case("window", 1 << 17, 9, 3, 64), Case("window", 1 << 15, 64, 8, 64))
+
+
+def tiles(m: int, n: int, warps: int, stages: int, **more: Any) -> dict[str, Any]:
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, **more}
+
+
+PRE, TMA, SAFE = {"PRESCALE_QK": True}, {"USE_TMA": True}, {"ROWS_GUARANTEED_SAFE": True}
+TILES = {
+    "128x64 8w 3s": tiles(128, 64, 8, 3),
+    "128x64 8w 2s": tiles(128, 64, 8, 2),
+    "128x64 4w 3s": tiles(128, 64, 4, 3),
+    "128x128 8w 2s": tiles(128, 128, 8, 2),
+    "128x128 8w 3s": tiles(128, 128, 8, 3),
+    "64x64 4w 2s": tiles(64, 64, 4, 2),
+    "64x64 4w 3s": tiles(64, 64, 4, 3),
+    "64x64 4w 4s": tiles(64, 64, 4, 4),
+    "64x128 4w 2s": tiles(64, 128, 4, 2),
+    "64x32 4w 3s": tiles(64, 32, 4, 3),
+}
+MASKS = {
+    "own": WINDOW,
+    # The same pairs in those blocks that are partial, in fewer operations.
+    "distance": lambda b, h, q, kv: ((q - kv >= 0) & (q - kv < W)) | ((kv < K) & (q >= kv)),
+    "no sinks": lambda b, h, q, kv: (q >= kv) & (q - kv < W),
+    "no sinks, distance": lambda b, h, q, kv: (q - kv >= 0) & (q - kv < W),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    case: Case
+    how: str  # a method of `calls`
+    options: tuple[tuple[str, Any], ...] = ()
+    mask: str = "own"
+    order: str = "ascending"
+    split: bool = True
+    block: int = 128
+    dynamic: bool = False
+
+
+def flex(name: str, case: Case = BIG, options: dict[str, Any] | None = None, **more: Any) -> Variant:
+    backend = {} if "BACKEND" in (options or {}) else {"BACKEND": "TRITON"}
+    return Variant(name, case, "flex", tuple((backend | (options or {})).items()), **more)
+
+
+def variants(quick: bool) -> list[list[Variant]]:
+    """Groups: each is prepared by one process."""
+    if quick:
+        case, last = Case("window", 4096, 4, 2, 64), Case("tail", 4096, 4, 2, 64)
+        return [[Variant("ours", case, "ours"), flex("defaults", case, {"PRESCALE_QK": True})], tail(last)[:2]]
+    flash = {"BACKEND": "FLASH"}
+    best = tiles(64, 64, 4, 3) | PRE
+    groups = [
+        [Variant("sdpa cuDNN, full", c, "cudnn") for c in (BIG, MIDDLE)]
+        + [Variant("fa4 window, no sinks", c, "fa4") for c in (BIG, MIDDLE, *SMALL_HEADS)]
+        + [Variant("ours, triton", BIG, "ours_triton"), Variant("ours, flash", BIG, "ours_flash")],
+        [
+            *[Variant("stock flex", MIDDLE, "stock"), flex("flex defaults", MIDDLE), flex("flex defaults")],
+            flex("dynamic", dynamic=True),
+            flex("dynamic, divisible", options={"IS_DIVISIBLE": True}, dynamic=True),
+        ],
+        [flex(f"flash {m}", options=flash, mask=m) for m in MASKS],
+        [flex("flash dynamic", options=flash, dynamic=True), flex("flash", FULL, flash), flex("flash", MIDDLE, flash)]
+        + [flex("flash", c, flash) for c in SMALL_HEADS],
+        [flex(name, options=o) for name, o in list(TILES.items())[:5]],
+        [flex(name, options=o) for name, o in list(TILES.items())[5:]],
+        [flex(f"{name} pre", options=o | PRE) for name, o in list(TILES.items())[:5]],
+        [flex(f"{name} pre", options=o | PRE) for name, o in list(TILES.items())[5:]],
+        [
+            flex("64x64 4w 3s pre tma", options=best | TMA),
+            flex("128x64 8w 3s pre tma", options=tiles(128, 64, 8, 3) | PRE | TMA),
+            flex("128x128 8w 2s pre tma", options=tiles(128, 128, 8, 2) | PRE | TMA),
+            flex("64x64 pre, diagonal first", options=best, order="descending"),
+            flex("64x64 pre, diagonal first, safe", options=best | SAFE, order="descending"),
+        ],
+        [
+            flex("64x64 pre, distance", options=best, mask="distance"),
+            flex("64x64 pre, no sinks in mask", options=best, mask="no sinks"),
+            flex("64x64 pre, all partial", options=best, split=False),
+            flex("64x64 pre, blocks of 64", options=best, block=64),
+            flex("64x64 pre, dynamic", options=best, dynamic=True),
+        ],
+        [flex(n, c, o) for c in SMALL_HEADS for n, o in (("defaults", {}), ("64x64 4w 3s pre", best))]
+        + [flex("128x64 4w 3s pre", SMALL_HEADS[1], tiles(128, 64, 4, 3) | PRE)],
+        [
+            *[Variant("sdpa cuDNN", FULL, "cudnn"), Variant("sdpa flash", FULL, "sdpa_flash")],
+            *[Variant("fa4", FULL, "fa4"), flex("defaults", FULL), flex("64x64 4w 3s pre", FULL, best)],
+            flex("128x64 8w 3s pre", FULL, tiles(128, 64, 8, 3) | PRE),
+        ],
+        tail(LAST),
+    ]
+    return groups
+
+
+def tail(case: Case) -> list[Variant]:
+    names = ("tail_triton", "tail_folded_16", "tail_folded_8", "tail_sdpa", "tail_fa4", "tail_fa4_split")
+    return [Variant(name.replace("_", " "), case, name) for name in names]
+
+
+@dataclass(frozen=True)
+class Config:
+    sliding_window: int
+    sink_tokens: int
+    tail: int
+    matmul: float  # TFLOP/s
+
+
+@dataclass(frozen=True)
+class Result:
+    case: str
+    variant: str
+    milliseconds: float | None
+    teraflops: float | None  # of useful work
+    error: float | None
+    note: str = ""
+
+
+def main() -> None:
+    parser = runner.arguments(__doc__)
+    parser.add_argument("--only", help="groups, by number")
+    given = parser.parse_args()
+    rate = runner.matmul_rate()
+    config = Config(W, K, TAIL, rate)
+    report = runner.Report(
+        f"kernel_options_{runner.device()}", config, line, given.out, {"matmul_tflops": round(rate)}
+    )
+    groups = variants(given.quick)
+    if given.only:
+        groups = [groups[int(number)] for number in given.only.split(",")]
+    runner.run([Group(tuple(group)) for group in groups], report, processes=14)
+    report.results.sort(key=lambda r: (r.case, r.milliseconds or 1e9))
+    report.close(table(report.results))
+
+
+# --- what is measured -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    variants: tuple[Variant, ...]
+
+    @property
+    def gib(self) -> float:
+        return 9
+
+    @torch.no_grad()
+    def prepare(self) -> Callable[[], Iterator[Result]]:
+        ready: list[tuple[Variant, Callable[..., Tensor] | str]] = []
+        for variant in self.variants:
+            tensors = inputs(variant.case)
+            try:
+                call = CALLS[variant.how](variant, *tensors)
+                call(*tensors)
+                runner.synchronise()
+                ready.append((variant, call))
+            except Exception as error:  # what cannot run is a result
+                ready.append((variant, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:110]))
+        return functools.partial(self.measure, ready)
+
+    @torch.no_grad()
+    def measure(self, ready: list[tuple[Variant, Callable[..., Tensor] | str]]) -> Iterator[Result]:
+        for variant, call in ready:
+            if isinstance(call, str):
+                yield Result(str(variant.case), variant.name, None, None, None, call)
+                continue
+            tensors = inputs(variant.case)
+            error = largest_error(call(*tensors), *tensors, variant)
+            ms = runner.milliseconds(functools.partial(call, *tensors), repeats=15, seconds=1)
+            yield Result(str(variant.case), variant.name, ms, variant.case.tera / ms * 1e3, error)
+
+    def failed(self, note: str) -> Iterator[Result]:
+        for variant in self.variants:
+            yield Result(str(variant.case), variant.name, None, None, None, note)
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as a transformers model makes them: `[batch, len, heads, head_dim]` in memory."""
+    generator = torch.Generator(runner.device()).manual_seed(0)
+    dtype = torch.bfloat16 if runner.device() == "cuda" else torch.float32
+    rows = TAIL if case.work == "tail" else case.length
+
+    def random(length: int, heads: int) -> Tensor:
+        shape = (1, length, heads, case.head_dim)
+        return torch.randn(shape, device=runner.device(), dtype=dtype, generator=generator).transpose(1, 2)
+
+    return random(rows, case.heads), random(case.length, case.kv_heads), random(case.length, case.kv_heads)
+
+
+def largest_error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> float:
+    """To float64 attention under the case's mask, in 24 rows of two heads."""
+    case, device = variant.case, query.device
+    if "cudnn" in variant.how and case.work == "window":
+        return float("nan")  # another mask
+    rows = query.shape[2]
+    picked = torch.cat([torch.arange(8), torch.randint(0, rows, (8,)), torch.arange(rows - 8, rows)]).to(device)
+    keys = torch.arange(case.length, device=device)
+    position = picked + (case.length - rows)
+    distance = position[:, None] - keys
+    visible = distance >= 0
+    if case.work == "window":
+        visible &= (distance < W) | ((keys < K) & ("fa4" not in variant.how))
+    worst = 0.0
+    for head in (0, case.heads - 1):
+        kv_head = head * case.kv_heads // case.heads
+        scores = query[0, head, picked].double() @ key[0, kv_head].double().T / case.head_dim**0.5
+        expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value[0, kv_head].double()
+        worst = max(worst, (out[0, head, picked].double() - expected).abs().max().item())
+    return worst
+
+
+def mask_of(case: Case) -> swaa_flex.Mask:
+    return WINDOW if case.work == "window" else causal()
+
+
+def reordered(block_mask: BlockMask) -> BlockMask:
+    """Each list of partial blocks the other way round: the diagonal first."""
+    count, indices = block_mask.kv_num_blocks, block_mask.kv_indices
+    slot = torch.arange(indices.shape[-1], device=indices.device, dtype=torch.int32)
+    flipped = indices.gather(-1, (count[..., None] - 1 - slot).clamp(min=0).long()).contiguous()
+    return rebuilt(block_mask, kv_indices=flipped)
+
+
+def rebuilt(block_mask: BlockMask, **changes: Any) -> BlockMask:
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "mask_mod", "BLOCK_SIZE")
+    fields = {name: getattr(block_mask, name) for name in names} | changes
+    return BlockMask(
+        seq_lengths=block_mask.seq_lengths,
+        q_num_blocks=None,
+        q_indices=None,
+        full_q_num_blocks=None,
+        full_q_indices=None,
+        **fields,
+    )
+
+
+def flex_call(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
+    mask, lengths = mask_of(variant.case), (query.shape[2], key.shape[2])
+    if variant.split:
+        block_mask = swaa_flex.build_block_mask(mask, *lengths, device=query.device, block_size=variant.block)
+    else:
+        bounds = swaa_flex.block_mask.row_block_bounds(mask, *lengths, variant.block, query.device)
+        block_mask = swaa_flex.block_mask.layout(mask, bounds, *lengths, device=query.device, separate_full=False)
+    if variant.order == "descending":
+        block_mask = reordered(block_mask)
+    if variant.mask != "own":
+        block_mask = rebuilt(block_mask, mask_mod=MASKS[variant.mask])
+    options = dict(variant.options) if query.is_cuda else None
+    compiled = torch.compile(own(flex_attention), fullgraph=True, dynamic=variant.dynamic)
+    return functools.partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
+
+
+def own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with a code object of its own: torch.compile counts and remembers per code object."""
+    import types
+
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
+    return copy
+
+
+def ours(backend: str) -> Callable[..., Callable[..., Tensor]]:
+    def make(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
+        ready = swaa_flex.plan(
+            mask_of(variant.case),
+            query.shape[2],
+            key.shape[2],
+            batch=1,
+            heads=query.shape[1],
+            device=query.device,
+            backend=backend,
+        )
+        return lambda q, k, v: swaa_flex.attention(q, k, v, ready)
+
+    return make
+
+
+def stock(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
+    make = torch.compile(create_block_mask)
+    block_mask = make(MASKS["distance"], None, None, query.shape[2], key.shape[2], device=query.device)
+    compiled = torch.compile(own(flex_attention), fullgraph=True, dynamic=False)
+    return functools.partial(compiled, block_mask=block_mask, enable_gqa=True)
+
+
+def sdpa(backend: SDPBackend) -> Callable[..., Callable[..., Tensor]]:
+    def make(variant: Variant, *tensors: Tensor) -> Callable[..., Tensor]:
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+        return call
+
+    return make
+
+
+def fa4(**more: Any) -> Callable[..., Callable[..., Tensor]]:
+    def make(variant: Variant, *tensors: Tensor) -> Callable[..., Tensor]:
+        from flash_attn.cute.interface import flash_attn_func
+
+        near = {"window_size": (W - 1, 0)} if variant.case.work == "window" else {}
+
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            turned = (x.transpose(1, 2) for x in (query, key, value))
+            out = flash_attn_func(*turned, causal=True, **near, **more)
+            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+        return call
+
+    return make
+
+
+def tail_triton(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
+    first = key.shape[2] - query.shape[2]
+    block_mask = swaa_flex.build_block_mask(
+        rows_from(first) & causal(), query.shape[2], key.shape[2], device=query.device, q_offset=first
+    )
+    compiled = torch.compile(own(flex_attention), fullgraph=True, dynamic=False)
+    options = {"BACKEND": "TRITON"} if query.is_cuda else None
+    return functools.partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
+
+
+def tail_folded(rows: int) -> Callable[..., Callable[..., Tensor]]:
+    """The decode kernel, which splits the keys, on stretches of rows that stand in the batch dimension."""
+
+    def make(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
+        folds, length = query.shape[2] // rows, key.shape[2]
+        first = length - query.shape[2] + rows * torch.arange(folds, device=query.device)
+
+        def mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return q + first[b] >= kv
+
+        blocks = -(-length // 128)
+        indices = torch.arange(blocks, device=query.device, dtype=torch.int32).repeat(folds, 1, 1, 1)
+        number = torch.full((folds, 1, 1), blocks, device=query.device, dtype=torch.int32)
+        block_mask = BlockMask.from_kv_blocks(
+            number, indices, mask_mod=mask, seq_lengths=(rows, length), compute_q_blocks=False
+        )
+        compiled = torch.compile(own(flex_attention), fullgraph=True, dynamic=False)
+        options = {"BACKEND": "TRITON_DECODE", "BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
+        options = options if query.is_cuda else None
+
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            folded = query.unflatten(2, (folds, rows))[0].transpose(0, 1)  # [folds, heads, rows, head_dim]
+            out = compiled(folded, key, value, block_mask=block_mask, enable_gqa=True, kernel_options=options)
+            return out.transpose(0, 1).flatten(1, 2)[None]
+
+        return call
+
+    return make
+
+
+def tail_sdpa(variant: Variant, *tensors: Tensor) -> Callable[..., Tensor]:
+    def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        bias = causal_lower_right(query.shape[2], key.shape[2])
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+
+    return call
+
+
+CALLS: dict[str, Callable[..., Callable[..., Tensor]]] = {
+    "flex": flex_call,
+    "ours": ours("auto"),
+    "ours_triton": ours("triton"),
+    "ours_flash": ours("flash"),
+    "stock": stock,
+    "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION),
+    "fa4": fa4(),
+    "tail_triton": tail_triton,
+    "tail_folded_16": tail_folded(16),
+    "tail_folded_8": tail_folded(8),
+    "tail_sdpa": tail_sdpa,
+    "tail_fa4": fa4(),
+    "tail_fa4_split": fa4(num_splits=16),
+}
+
+
+# --- what is printed ------------------------------------------------------------------------------------------
+
+
+def line(result: Result) -> str:
+    name = f"{result.case:<22} {result.variant:<34}"
+    if result.milliseconds is None:
+        return f"{name} {result.note}"
+    return f"{name} {result.milliseconds:9.3f} ms {result.teraflops:6.0f} TFLOP/s  error {result.error:.4f}"
+
+
+def table(results: list[Result]) -> Table:
+    view = Table("case", "variant", "ms", "useful TFLOP/s", "largest error")
+    for r in results:
+        if r.milliseconds is None:
+            view.add_row(r.case, r.variant, r.note[:40])
+        else:
+            view.add_row(r.case, r.variant, f"{r.milliseconds:.3f}", f"{r.teraflops:.0f}", f"{r.error:.4f}")
+    return view
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""What the benchmarks share: ceilings of the machine, methods prepared side by side and timed in turn, a report.
+
+Compilation takes minutes where measuring takes seconds. So each `Job` is a process that prepares while others do, and
+measures when it is told to, alone. What is compared is measured in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import swaa_flex
+
+GIB = 1 << 30
+
+
+class Job(Protocol):
+    """What one process does. Frozen, so that it can be sent there."""
+
+    @property
+    def gib(self) -> float:
+        """Device memory that it holds from `prepare` until it ends."""
+
+    def prepare(self) -> Callable[[], Iterable[Any]]:
+        """Loads, builds and compiles; returns what measures, and yields frozen dataclasses."""
+
+    def failed(self, note: str) -> Iterable[Any]:
+        """The results of a job that could not run."""
+
+
+def run(jobs: Sequence[Job], report: Report, *, processes: int = 12) -> None:
+    """Runs jobs in waves of what fits into the memory of the device."""
+    gib = capacity_gib()
+    waiting = list(jobs)
+    while waiting:
+        wave: list[Job] = []
+        for job in list(waiting):
+            if not wave or (sum(j.gib for j in wave) + job.gib <= gib and len(wave) < processes):
+                wave.append(job)
+                waiting.remove(job)
+        _run_wave(wave, report)
+
+
+def _run_wave(wave: list[Job], report: Report) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // len(wave))))
+    running = []
+    for job in wave:
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_work, args=(job, theirs), daemon=False)
+        process.start()
+        theirs.close()
+        running.append((job, process, ours))
+    notes = {id(job): _received(pipe)[1] for job, _, pipe in running}
+    for job, process, pipe in running:
+        note = notes[id(job)]
+        if not note:
+            pipe.send("measure")
+            kind, value = _received(pipe)
+            while kind == "result":
+                report.add(value)
+                kind, value = _received(pipe)
+            note = value
+        if note:
+            for result in job.failed(note):
+                report.add(result)
+        process.join()
+
+
+def _received(pipe: Connection) -> tuple[str, Any]:
+    try:
+        kind, value = pipe.recv()
+        return str(kind), value
+    except EOFError:
+        return "failed", "the process died"
+
+
+def _work(job: Job, pipe: Connection) -> None:
+    try:
+        measure = job.prepare()
+        pipe.send(("ready", ""))
+        pipe.recv()
+        for result in measure():
+            pipe.send(("result", result))
+        pipe.send(("done", ""))
+    except BaseException as error:  # what a method cannot do is a result too
+        traceback.print_exc()
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        pipe.send(("failed", f"{type(error).__name__}: {reason}"[:160]))
+
+
+@dataclass
+class Report:
+    """Results as they come: printed, and written at once if there is a folder, so that nothing is lost."""
+
+    name: str
+    config: Any  # a frozen dataclass
+    line: Callable[[Any], str]
+    out: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # of the machine, or of this run
+    results: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.console = Console(width=140)
+        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items() if not isinstance(value, dict))
+        self.console.print(f"{describe()}; {facts}" if facts else describe())
+
+    def add(self, result: Any) -> None:
+        self.results.append(result)
+        self.console.print(self.line(result), highlight=False)
+        if self.path:
+            write(self.path, json.dumps(self.data(), indent=1) + "\n")
+
+    @property
+    def path(self) -> Path | None:
+        return self.out and self.out / f"{self.name}.json"
+
+    def data(self) -> dict[str, Any]:
+        import transformers
+
+        return {
+            "benchmark": self.name,
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_arguments()]),
+            "machine": describe(),
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+                "swaa_flex": swaa_flex.__version__,
+            },
+            **self.facts,
+            "config": asdict(self.config),
+            "results": [asdict(result) for result in self.results],
+        }
+
+    def close(self, table: Table, plot: Callable[[dict[str, Any], Path], None] | None = None) -> None:
+        """Prints the table and one line of JSON; draws the plot beside the data."""
+        self.console.print(table)
+        data = self.data()
+        if self.path and plot:
+            plot(data, self.path.with_suffix(".png"))
+        print(json.dumps(data))
+
+
+def _arguments() -> Iterator[str]:
+    """The command line without the place of the output, which says nothing of the measurement."""
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        if argument == "--out":
+            next(arguments)
+        elif not argument.startswith("--out="):
+            yield argument
+
+
+def arguments(text: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, on any machine")
+    parser.add_argument("--out", type=Path, help="folder for JSON and plot")
+    return parser
+
+
+def write(path: Path, text: str) -> None:
+    """All of the file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_text(text)
+    beside.replace(path)
+
+
+# --- the machine ----------------------------------------------------------------------------------------------
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe() -> str:
+    if device() == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def capacity_gib() -> float:
+    """Device memory to plan with: a tenth is left to what is not counted."""
+    return torch.cuda.mem_get_info()[1] / GIB * 0.9 if device() == "cuda" else 1e9
+
+
+def synchronise() -> None:
+    if device() == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(call: Callable[[], Any], repeats: int = 10, seconds: float = 2) -> float:
+    """The median time of a call, of as many repeats as `seconds` allow, at least three."""
+    call()
+    synchronise()
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < repeats and sum(times) < seconds):
+        start = time.perf_counter()
+        call()
+        synchronise()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def read_bandwidth() -> float:
+    """GB/s of a large reduction."""
+    source = torch.zeros((1 << 31 if device() == "cuda" else 1 << 27) // 4, dtype=torch.int32, device=device())
+    source.max()
+    return source.numel() * 4 / _fastest(source.max) / 1e9
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a large copy, bytes read plus bytes written."""
+    source = torch.zeros((1 << 31 if device() == "cuda" else 1 << 27) // 4, dtype=torch.int32, device=device())
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _fastest(lambda: target.copy_(source)) / 1e9
+
+
+def matmul_rate() -> float:
+    """TFLOP/s of a large matrix product: bfloat16 on a GPU, float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device() == "cuda" else (1024, torch.float32)
+    left, right = torch.randn(2, size, size, device=device(), dtype=dtype).unbind(0)
+    return 2 * size**3 / _fastest(lambda: left @ right, repeats=20) / 1e12
+
+
+def _fastest(call: Callable[[], Any], repeats: int = 8) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        synchronise()
+        start = time.perf_counter()
+        call()
+        synchronise()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
