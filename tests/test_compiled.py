@@ -67,6 +67,55 @@ def test_nothing_is_traced_after_the_warm_up(nothing_compiled):
     assert len(graphs) == 2
 
 
+def test_projections_of_one_input_are_one_product_in_a_compiled_model(nothing_compiled, tmp_path):
+    products = []
+
+    def count(graph, inputs):
+        products.append(sum(node.target is torch.nn.functional.linear for node in graph.graph.nodes))
+        return graph.forward
+
+    model = make("llama", RECIPES[0], num_hidden_layers=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.randint(3, 99, (1, 60))
+    expected = swaa_flex.compile(model, max_length=300, prefill_chunk=128).generate(ids, max_new_tokens=8)
+    for _ in range(2):  # the second time, they lie side by side already
+        products.clear()
+        fused = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend=count)
+        assert torch.equal(fused.generate(ids, max_new_tokens=8), expected)
+        assert products == [2 * 4 + 1] * 2  # per layer: query, key and value; output; gate and up; down
+    model.save_pretrained(tmp_path)
+    saved = type(model).from_pretrained(tmp_path).state_dict()
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], value) for name, value in before.items())
+
+
+def test_fused_projections_train_and_follow_their_weights(nothing_compiled):
+    model = make("qwen3", RECIPES[0], num_hidden_layers=1)
+    plain = swaa_flex.adapt(make("qwen3", RECIPES[0], num_hidden_layers=1), RECIPES[0])
+    plain.load_state_dict(model.state_dict())
+    fused = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend="eager")
+    ids = torch.randint(3, 99, (1, 40))
+    for each in (model, plain):
+        each(ids, labels=ids).loss.backward()
+        with torch.no_grad():
+            for parameter in each.parameters():
+                parameter -= parameter.grad
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight.grad, plain.model.layers[0].mlp.up_proj.weight.grad)
+    torch.testing.assert_close(fused.prefill(ids), plain(ids).logits[:, -1], atol=1e-5, rtol=0)
+
+
+def test_projections_that_are_more_than_linear_are_left_alone(nothing_compiled):
+    model = make("llama", RECIPES[0], num_hidden_layers=1)
+    attention = model.model.layers[0].self_attn
+    seen = []
+    attention.k_proj.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend="eager")
+    assert "forward" not in vars(attention.q_proj)
+    assert "forward" in vars(model.model.layers[0].mlp.up_proj)
+    model(torch.randint(3, 99, (1, 5)))
+    assert seen == [attention.k_proj]
+
+
 @pytest.mark.slow
 def test_inductor_compiles_it_on_a_cpu(nothing_compiled):
     model = make("llama", RECIPES[0], num_hidden_layers=2)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, DoesNotFitError
 from .cache import SWAACache
+from .fused_linear import as_one, fuse_projections
 
 BLOCK = 128
 FIRST_CHUNK_SHARE = 8  # the small size of the first chunk is this part of a whole one
@@ -95,6 +96,8 @@ class CompiledModel:
         self.room = 0  # decode steps that the request may still take
         if backend is None and self.device.type == "cuda":
             backend = "inductor"
+        if backend is not None:
+            fuse_projections(model)
         self._prefill_chunk = _compiled(_prefill_chunk, backend)
         self._decode = _compiled(_decode, backend, options)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -335,7 +338,13 @@ def _compiled(
         return function
     # A code object of its own: torch.compile counts per code object what it has compiled.
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
+    whole = torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
+
+    def call(*arguments: Any) -> Tensor:
+        with as_one():
+            return whole(*arguments)  # type: ignore[no-any-return]
+
+    return call
 
 
 def _prefill_chunk(compiled: CompiledModel, ids: Tensor) -> Tensor:
