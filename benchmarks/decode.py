@@ -76,6 +76,7 @@ class Result:
 def main() -> None:
     parser = runner.arguments(__doc__)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tune", action="store_true", help="let inductor search for faster kernels: minutes")
     parser.add_argument("--methods", default=",".join(("swaa_flex", *STOCK)))
     given = parser.parse_args()
     device, bandwidth = runner.device(), runner.read_bandwidth()
@@ -84,8 +85,7 @@ def main() -> None:
         contexts=(512, 2048) if given.quick else (8192, 32768, 131072),
         steps=4 if given.quick else 32,
         shape=TINY if given.quick else QWEN3_4B,
-        # Inductor's tuning of pointwise and reduction kernels, which also does batch 1's matrix-vector products.
-        options={"coordinate_descent_tuning": True} if device == "cuda" and given.batch == 1 else {},
+        options={"coordinate_descent_tuning": True} if given.tune else {},
         bandwidth=bandwidth,
     )
     facts = {
@@ -342,7 +342,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     results = [Result(**result) for result in data["results"]]
-    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
     for method, recipe in dict.fromkeys((r.method, r.recipe) for r in results):
         points = [(r.context, r.ms_per_token) for r in results if (r.method, r.recipe) == (method, recipe)]
         points = [p for p in points if p[1] is not None]
@@ -356,7 +356,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     axis.set(xlabel="tokens of context", ylabel="ms per token", yscale="log")
     axis.set_xscale("log", base=2)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right")
     axis.set_title(f"{data['machine']}, batch {data['config']['batch']}; dotted: bandwidth floor", fontsize=10)
     figure.savefig(path, dpi=110)
 

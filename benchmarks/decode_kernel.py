@@ -1,24 +1,22 @@
 """One token's attention over a long cache: FlexAttention's decode kernel, its defaults and our options, against SDPA.
 
-    python benchmarks/decode_kernel.py [--out docs/benchmarks]     (needs a CUDA device)
+    python benchmarks/decode_kernel.py [--out docs/benchmarks]     (needs a CUDA device, but for --quick)
 
 Prints microseconds and the share of the measured read bandwidth. This is what the options in kernels.py come from.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
+import functools
 import statistics
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import runner
 import torch
 import torch.nn.functional as F
-from decode import read_bandwidth
+from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
@@ -26,11 +24,21 @@ from torch.nn.attention.flex_attention import flex_attention
 import swaa_flex
 from swaa_flex.masks import causal
 
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-CASES = ((1, 131072), (8, 32768), (1, 8192), (1, 2304))
-DEFAULTS: dict[str, Any] = {}
 OURS = {"BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
-OPTIONS = {"flex defaults": DEFAULTS, "flex, ours": OURS, "flex, BLOCK_N 128": OURS | {"BLOCK_N": 128}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "flex defaults": {},
+    "flex, ours": OURS,
+    "flex, BLOCK_N 128": OURS | {"BLOCK_N": 128},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    cases: tuple[tuple[int, int], ...]  # batch, keys
+    bandwidth: float  # GB/s
 
 
 @dataclass(frozen=True)
@@ -38,53 +46,68 @@ class Result:
     method: str
     batch: int
     length: int
-    microseconds: float
-    bandwidth_share: float
+    microseconds: float | None
+    bandwidth_share: float | None
+    note: str = ""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for decode_kernel_cuda.json")
-    arguments = parser.parse_args()
-    bandwidth = read_bandwidth("cuda")
-    results = []
-    for batch, length in CASES:
-        query = torch.randn(batch, HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        key, value = torch.randn(2, batch, KV_HEADS, length, HEAD_DIM, device="cuda", dtype=torch.bfloat16).unbind(0)
-        floor = 2 * key.numel() * 2 / bandwidth * 1e6
-        for method, call in calls(query, key, value).items():
+    given = runner.arguments(__doc__).parse_args()
+    cases = ((1, 2304),) if given.quick else ((1, 131072), (8, 32768), (1, 8192), (1, 2304))
+    config = Config(32, 8, 128, cases, runner.read_bandwidth())
+    facts = {"read_bandwidth_gb_s": round(config.bandwidth, 1)}
+    report = runner.Report(f"decode_kernel_{runner.device()}", config, line, given.out, facts)
+    runner.run([Job(config, batch, length) for batch, length in cases], report)
+    report.close(table(report.results))
+
+
+@dataclass(frozen=True)
+class Job:
+    """All methods for one cache."""
+
+    config: Config
+    batch: int
+    length: int
+
+    @property
+    def gib(self) -> float:
+        return 2 + 4 * self.config.kv_heads * self.config.head_dim * self.batch * self.length / runner.GIB
+
+    @torch.no_grad()
+    def prepare(self) -> Callable[[], Iterator[Result]]:
+        device, config = runner.device(), self.config
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        query = torch.randn(self.batch, config.heads, 1, config.head_dim, device=device, dtype=dtype)
+        shape = (2, self.batch, config.kv_heads, self.length, config.head_dim)
+        key, value = torch.randn(shape, device=device, dtype=dtype).unbind(0)
+        ready = calls(query, key, value)
+        for call in ready.values():
+            call()
+        return functools.partial(self.measure, ready, 2 * key.numel() * key.itemsize)
+
+    @torch.no_grad()
+    def measure(self, ready: dict[str, Callable[[], Tensor]], size: int) -> Iterator[Result]:
+        floor = size / self.config.bandwidth / 1e3
+        for method, call in ready.items():
             micro = timed(call)
-            results.append(Result(method, batch, length, micro, floor / micro))
-            print(
-                f"{batch} x {length:>6}  {method:<18} {micro:8.1f} us  {floor / micro:5.2f} of the bandwidth",
-                flush=True,
-            )
-    report = {
-        "benchmark": "decode_kernel",
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/decode_kernel.py",
-        "machine": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "swaa_flex": swaa_flex.__version__},
-        "read_bandwidth_gb_s": round(bandwidth / 1e9, 1),
-        "results": [asdict(result) for result in results],
-    }
-    if arguments.out:
-        (arguments.out / "decode_kernel_cuda.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+            yield Result(method, self.batch, self.length, micro, floor / micro)
+
+    def failed(self, note: str) -> Iterator[Result]:
+        yield Result("all", self.batch, self.length, None, None, note)
 
 
 def calls(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
-    length = key.shape[2]
-    position = torch.tensor(length - 1, device="cuda")
+    length, device = key.shape[2], query.device
+    position = torch.tensor(length - 1, device=device)
+    backend = "triton" if query.is_cuda else "cpp"
     ready = swaa_flex.plan(
-        causal(), 1, length, batch=key.shape[0], heads=HEADS, device="cuda", backend="triton", q_offset=position
+        causal(), 1, length, batch=len(key), heads=query.shape[1], device=device, backend=backend, q_offset=position
     )
     block_mask = ready.segments[0].block_mask
 
-    def flex(options: dict[str, Any]) -> Callable[[], Tensor]:
-        torch._dynamo.reset()
-        compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-        options = {"BACKEND": "TRITON_DECODE"} | options
+    def flex(chosen: dict[str, Any]) -> Callable[[], Tensor]:
+        compiled = torch.compile(runner.own(flex_attention), fullgraph=True, dynamic=False)
+        options = {"BACKEND": "TRITON_DECODE"} | chosen if query.is_cuda else None
         return lambda: compiled(query, key, value, block_mask=block_mask, enable_gqa=True, kernel_options=options)
 
     def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
@@ -94,15 +117,16 @@ def calls(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], T
 
         return call
 
-    return {
-        "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
-        "sdpa cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
-        **{name: flex(options) for name, options in OPTIONS.items()},
-    }
+    stock = {"sdpa flash": SDPBackend.FLASH_ATTENTION}
+    if query.is_cuda:
+        stock["sdpa cuDNN"] = SDPBackend.CUDNN_ATTENTION
+    return {name: sdpa(backend) for name, backend in stock.items()} | {n: flex(o) for n, o in OPTIONS.items()}
 
 
 def timed(call: Callable[[], Tensor]) -> float:
     """Microseconds, the median of replays of a CUDA graph of five calls."""
+    if runner.device() == "cpu":
+        return runner.milliseconds(call) * 1e3
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -119,6 +143,21 @@ def timed(call: Callable[[], Tensor]) -> float:
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) / 5 * 1e3)
     return statistics.median(times)
+
+
+def line(result: Result) -> str:
+    name = f"{result.batch} x {result.length:>6}  {result.method:<18}"
+    if result.microseconds is None:
+        return f"{name} {result.note}"
+    return f"{name} {result.microseconds:8.1f} us  {result.bandwidth_share:5.2f} of the bandwidth"
+
+
+def table(results: list[Result]) -> Table:
+    view = Table("batch", "keys", "method", "us", "share of the bandwidth", title="one token")
+    for r in results:
+        cells = ("-", r.note) if r.microseconds is None else (f"{r.microseconds:.1f}", f"{r.bandwidth_share:.2f}")
+        view.add_row(str(r.batch), str(r.length), r.method, *cells)
+    return view
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ class Case:
         return 4 * self.pairs * self.heads * self.head_dim / 1e12
 
     def __str__(self) -> str:
-        return f"{self.work} {self.length >> 10}k {self.heads}/{self.kv_heads}x{self.head_dim}"
+        length = f"{self.length >> 10}k" if self.length % 1024 == 0 else str(self.length)
+        return f"{self.work} {length} {self.heads}/{self.kv_heads}x{self.head_dim}"
 
 
 BIG = Case("window", 1 << 17, 32, 8, 128)
@@ -70,19 +71,7 @@ def tiles(m: int, n: int, warps: int, stages: int, **more: Any) -> dict[str, Any
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, **more}
 
 
-PRE, TMA, SAFE = {"PRESCALE_QK": True}, {"USE_TMA": True}, {"ROWS_GUARANTEED_SAFE": True}
-TILES = {
-    "128x64 8w 3s": tiles(128, 64, 8, 3),
-    "128x64 8w 2s": tiles(128, 64, 8, 2),
-    "128x64 4w 3s": tiles(128, 64, 4, 3),
-    "128x128 8w 2s": tiles(128, 128, 8, 2),
-    "128x128 8w 3s": tiles(128, 128, 8, 3),
-    "64x64 4w 2s": tiles(64, 64, 4, 2),
-    "64x64 4w 3s": tiles(64, 64, 4, 3),
-    "64x64 4w 4s": tiles(64, 64, 4, 4),
-    "64x128 4w 2s": tiles(64, 128, 4, 2),
-    "64x32 4w 3s": tiles(64, 32, 4, 3),
-}
+PRE, TMA = {"PRESCALE_QK": True}, {"USE_TMA": True}
 MASKS = {
     "own": WINDOW,
     # The same pairs in those blocks that are partial, in fewer operations.
@@ -116,47 +105,62 @@ def variants(quick: bool) -> list[list[Variant]]:
         case, last = Case("window", 4096, 4, 2, 64), Case("tail", 4096, 4, 2, 64)
         return [[Variant("ours", case, "ours"), flex("defaults", case, {"PRESCALE_QK": True})], tail(last)[:2]]
     flash = {"BACKEND": "FLASH"}
-    best = tiles(64, 64, 4, 3) | PRE
-    groups = [
-        [Variant("sdpa cuDNN, full", c, "cudnn") for c in (BIG, MIDDLE)]
-        + [Variant("fa4 window, no sinks", c, "fa4") for c in (BIG, MIDDLE, *SMALL_HEADS)]
-        + [Variant("ours, triton", BIG, "ours_triton"), Variant("ours, flash", BIG, "ours_flash")],
+    ragged = Case("window", (1 << 17) - 37, 32, 8, 128)
+    small = tiles(64, 64, 4, 3)
+    large = tiles(128, 128, 8, 3)
+    narrow = {
+        "64x64 4w 3s tma": small | TMA,
+        "128x64 4w 3s tma": tiles(128, 64, 4, 3) | TMA,
+        "128x128 8w 3s tma": large | TMA,
+        "128x64 8w 3s tma": tiles(128, 64, 8, 3) | TMA,
+    }
+    return [
         [
-            *[Variant("stock flex", MIDDLE, "stock"), flex("flex defaults", MIDDLE), flex("flex defaults")],
-            flex("dynamic", dynamic=True),
-            flex("dynamic, divisible", options={"IS_DIVISIBLE": True}, dynamic=True),
+            *[Variant("fa4 window, no sinks", c, "fa4") for c in (BIG, MIDDLE, *SMALL_HEADS)],
+            *[Variant("ours, triton", BIG, "ours_triton"), Variant("ours, flash", BIG, "ours_flash")],
         ],
-        [flex(f"flash {m}", options=flash, mask=m) for m in MASKS],
-        [flex("flash dynamic", options=flash, dynamic=True), flex("flash", FULL, flash), flex("flash", MIDDLE, flash)]
-        + [flex("flash", c, flash) for c in SMALL_HEADS],
-        [flex(name, options=o) for name, o in list(TILES.items())[:5]],
-        [flex(name, options=o) for name, o in list(TILES.items())[5:]],
-        [flex(f"{name} pre", options=o | PRE) for name, o in list(TILES.items())[:5]],
-        [flex(f"{name} pre", options=o | PRE) for name, o in list(TILES.items())[5:]],
+        [flex("flash", c, flash) for c in (BIG, MIDDLE, FULL, *SMALL_HEADS)],
+        [flex("flash, 192 rows", c, flash, block=192) for c in SMALL_HEADS],
         [
-            flex("64x64 4w 3s pre tma", options=best | TMA),
-            flex("128x64 8w 3s pre tma", options=tiles(128, 64, 8, 3) | PRE | TMA),
-            flex("128x128 8w 2s pre tma", options=tiles(128, 128, 8, 2) | PRE | TMA),
-            flex("64x64 pre, diagonal first", options=best, order="descending"),
-            flex("64x64 pre, diagonal first, safe", options=best | SAFE, order="descending"),
+            *[Variant("stock flex", MIDDLE, "stock"), flex("defaults", MIDDLE), flex("defaults")],
+            *[flex("64x64 4w 3s tma", MIDDLE, small | TMA), flex("128x128 8w 3s", MIDDLE, large)],
         ],
         [
-            flex("64x64 pre, distance", options=best, mask="distance"),
-            flex("64x64 pre, no sinks in mask", options=best, mask="no sinks"),
-            flex("64x64 pre, all partial", options=best, split=False),
-            flex("64x64 pre, blocks of 64", options=best, block=64),
-            flex("64x64 pre, dynamic", options=best, dynamic=True),
+            flex("64x64 4w 3s", options=small),
+            flex("64x64 4w 3s tma", options=small | TMA),
+            flex("64x64 4w 3s pre tma", options=small | TMA | PRE),
+            flex("64x64 4w 2s tma", options=tiles(64, 64, 4, 2) | TMA),
+            flex("64x64 4w 4s tma", options=tiles(64, 64, 4, 4) | TMA),
         ],
-        [flex(n, c, o) for c in SMALL_HEADS for n, o in (("defaults", {}), ("64x64 4w 3s pre", best))]
-        + [flex("128x64 4w 3s pre", SMALL_HEADS[1], tiles(128, 64, 4, 3) | PRE)],
         [
-            *[Variant("sdpa cuDNN", FULL, "cudnn"), Variant("sdpa flash", FULL, "sdpa_flash")],
-            *[Variant("fa4", FULL, "fa4"), flex("defaults", FULL), flex("64x64 4w 3s pre", FULL, best)],
-            flex("128x64 8w 3s pre", FULL, tiles(128, 64, 8, 3) | PRE),
+            flex("128x128 8w 3s", options=large),
+            flex("128x128 8w 3s tma", options=large | TMA),
+            flex("128x128 8w 2s tma", options=tiles(128, 128, 8, 2) | TMA),
+            flex("128x64 8w 3s tma", options=tiles(128, 64, 8, 3) | TMA),
+            flex("128x64 8w 4s tma", options=tiles(128, 64, 8, 4) | TMA),
+        ],
+        [
+            flex("64x128 4w 2s tma", options=tiles(64, 128, 4, 2) | TMA),
+            flex("64x128 4w 3s tma", options=tiles(64, 128, 4, 3) | TMA),
+            flex("64x128 8w 3s tma", options=tiles(64, 128, 8, 3) | TMA),
+            flex("64x32 4w 4s tma", options=tiles(64, 32, 4, 4) | TMA),
+            flex("64x64 4w 3s tma, blocks of 64", options=small | TMA, block=64),
+        ],
+        [
+            flex("64x64 4w 3s tma", ragged, small | TMA, dynamic=True),
+            flex("64x64 4w 3s tma, as if divisible", ragged, small | TMA | {"IS_DIVISIBLE": True}, dynamic=True),
+            flex("128x128 8w 3s", ragged, large, dynamic=True),
+            flex("128x128 8w 3s tma", ragged, large | TMA, dynamic=True),
+            flex("defaults", ragged, dynamic=True),
+        ],
+        *[[flex("defaults", c)] + [flex(name, c, options) for name, options in narrow.items()] for c in SMALL_HEADS],
+        [
+            *[Variant("sdpa cuDNN", FULL, "cudnn"), Variant("fa4", FULL, "fa4"), flex("defaults", FULL)],
+            *[flex("64x64 4w 3s tma", FULL, small | TMA), flex("128x128 8w 3s", FULL, large)],
+            flex("128x128 8w 3s tma", FULL, large | TMA),
         ],
         tail(LAST),
     ]
-    return groups
 
 
 def tail(case: Case) -> list[Variant]:
@@ -302,7 +306,10 @@ def rebuilt(block_mask: BlockMask, **changes: Any) -> BlockMask:
 
 def flex_call(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
     mask, lengths = mask_of(variant.case), (query.shape[2], key.shape[2])
-    if variant.split:
+    if variant.block == 192:
+        make = torch.compile(create_block_mask)
+        block_mask = make(MASKS["distance"], None, None, *lengths, device=query.device, BLOCK_SIZE=(192, 128))
+    elif variant.split:
         block_mask = swaa_flex.build_block_mask(mask, *lengths, device=query.device, block_size=variant.block)
     else:
         bounds = swaa_flex.block_mask.row_block_bounds(mask, *lengths, variant.block, query.device)
@@ -312,17 +319,8 @@ def flex_call(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Ca
     if variant.mask != "own":
         block_mask = rebuilt(block_mask, mask_mod=MASKS[variant.mask])
     options = dict(variant.options) if query.is_cuda else None
-    compiled = torch.compile(own(flex_attention), fullgraph=True, dynamic=variant.dynamic)
+    compiled = torch.compile(runner.own(flex_attention), fullgraph=True, dynamic=variant.dynamic)
     return functools.partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
-
-
-def own(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with a code object of its own: torch.compile counts and remembers per code object."""
-    import types
-
-    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
-    return copy
 
 
 def ours(backend: str) -> Callable[..., Callable[..., Tensor]]:
@@ -344,7 +342,7 @@ def ours(backend: str) -> Callable[..., Callable[..., Tensor]]:
 def stock(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
     make = torch.compile(create_block_mask)
     block_mask = make(MASKS["distance"], None, None, query.shape[2], key.shape[2], device=query.device)
-    compiled = torch.compile(own(flex_attention), fullgraph=True, dynamic=False)
+    compiled = torch.compile(runner.own(flex_attention), fullgraph=True, dynamic=False)
     return functools.partial(compiled, block_mask=block_mask, enable_gqa=True)
 
 
@@ -380,7 +378,7 @@ def tail_triton(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> 
     block_mask = swaa_flex.build_block_mask(
         rows_from(first) & causal(), query.shape[2], key.shape[2], device=query.device, q_offset=first
     )
-    compiled = torch.compile(own(flex_attention), fullgraph=True, dynamic=False)
+    compiled = torch.compile(runner.own(flex_attention), fullgraph=True, dynamic=False)
     options = {"BACKEND": "TRITON"} if query.is_cuda else None
     return functools.partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
 
@@ -401,7 +399,7 @@ def tail_folded(rows: int) -> Callable[..., Callable[..., Tensor]]:
         block_mask = BlockMask.from_kv_blocks(
             number, indices, mask_mod=mask, seq_lengths=(rows, length), compute_q_blocks=False
         )
-        compiled = torch.compile(own(flex_attention), fullgraph=True, dynamic=False)
+        compiled = torch.compile(runner.own(flex_attention), fullgraph=True, dynamic=False)
         options = {"BACKEND": "TRITON_DECODE", "BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
         options = options if query.is_cuda else None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
@@ -185,6 +187,13 @@ def write(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with a code object of its own: torch.compile counts and remembers per code object."""
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copy.__kwdefaults__, copy.__defaults__ = function.__kwdefaults__, function.__defaults__
+    return copy
+
+
 # --- the machine ----------------------------------------------------------------------------------------------
 
 
@@ -209,16 +218,33 @@ def synchronise() -> None:
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 10, seconds: float = 2) -> float:
-    """The median time of a call, of as many repeats as `seconds` allow, at least three."""
+    """The median time of a call, of as many repeats as `seconds` allow, at least three.
+
+    On a GPU the device's own time: calls are queued, so that what the host does meanwhile hides behind them.
+    """
     call()
     synchronise()
-    times: list[float] = []
-    while len(times) < 3 or (len(times) < repeats and sum(times) < seconds):
-        start = time.perf_counter()
+    start = time.perf_counter()
+    call()
+    synchronise()
+    repeats = max(3, min(repeats, int(seconds / (time.perf_counter() - start))))
+    if device() == "cpu":
+        return statistics.median(_seconds(call) for _ in range(repeats)) * 1e3
+    call()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
         call()
-        synchronise()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+        mark.record()
+    synchronise()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - start
 
 
 def read_bandwidth() -> float:
@@ -243,11 +269,6 @@ def matmul_rate() -> float:
 
 
 def _fastest(call: Callable[[], Any], repeats: int = 8) -> float:
-    times = []
-    for _ in range(repeats + 1):
-        synchronise()
-        start = time.perf_counter()
-        call()
-        synchronise()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    call()
+    synchronise()
+    return min(_seconds(call) for _ in range(repeats))

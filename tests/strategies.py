@@ -87,7 +87,7 @@ def compositions(draw: st.DrawFn, length: int, depth: int = 3) -> Mask:
         case "sinks_and_tail":
             start, first = draw(sizes), draw(st.lists(st.integers(0, length), min_size=BATCH, max_size=BATCH))
             return M.sinks_and_tail(
-                draw(part),
+                draw(compositions(2 * length + 6, depth - 1)),  # it is asked for columns beyond the keys there are
                 draw(st.integers(0, 20)),
                 start=draw(st.sampled_from([start, torch.tensor(start), torch.tensor([start, first[0]])])),
                 first=torch.tensor(first) if draw(st.booleans()) else first[0],

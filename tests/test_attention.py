@@ -6,8 +6,18 @@ from hypothesis import strategies as st
 from strategies import BATCH, compositions
 
 import swaa_flex
-from swaa_flex import BackendUnavailableError, ConfigError, MaskError, attention, chunked
-from swaa_flex.masks import causal, documents, from_mask_mod, heads, left_padded, packed, rows_from, sinks, window
+from swaa_flex import BackendUnavailableError, ConfigError, MaskError, attention, chunked, kernels, plan
+from swaa_flex.masks import (
+    causal,
+    documents,
+    from_mask_mod,
+    heads,
+    left_padded,
+    packed,
+    rows_from,
+    sinks,
+    window,
+)
 
 MASKS = {
     "causal": causal(),
@@ -112,6 +122,39 @@ def test_a_plan_is_made_once_and_run_many_times():
         torch.testing.assert_close(
             out, oracle(query, key, value, MASKS["dense tail"])[0].float(), atol=2e-6, rtol=1e-5
         )
+
+
+def test_a_few_other_rows_are_written_over_those_of_a_call_for_all_rows():
+    ready = plan(causal() & (window(64) | rows_from(980)), 1000, 1000, backend="cpp")
+    assert [(s.first, s.stop, s.is_causal_end) for s in ready.segments] == [(0, 1000, False), (980, 1000, True)]
+    ready = plan(causal() & (window(64) | rows_from(500)), 1000, 1000, backend="cpp")
+    assert [(s.first, s.stop) for s in ready.segments] == [(0, 500), (500, 1000)]
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_segments_are_joined_with_and_without_gradients(needs_grad):
+    ready = plan(causal() & (window(64) | rows_from(980)), 1000, 1000, backend="cpp")
+    rows = torch.randn(1, 2, 1000, 8, requires_grad=needs_grad), torch.randn(1, 2, 20, 8, requires_grad=needs_grad)
+    expected = torch.cat([rows[0][:, :, :980], rows[1]], dim=2)
+    whole = rows[0] * 1
+    joined = kernels._joined([whole, rows[1]], ready)
+    assert torch.equal(joined, expected)
+    if needs_grad:
+        assert torch.equal(whole, rows[0]), "the backward pass needs what the kernel returned"
+        weights = torch.randn_like(expected)
+        ours = torch.autograd.grad((joined * weights).sum(), rows)
+        assert torch.equal(ours[0], torch.cat([weights[:, :, :980], torch.zeros(1, 2, 20, 8)], dim=2))
+        assert torch.equal(ours[1], weights[:, :, 980:])
+
+
+@pytest.mark.parametrize("q_len", [300, 20])
+def test_full_causal_rows_by_pytorchs_own_kernels(q_len):
+    query, key, value = tensors(q_len=q_len)
+    visible = visible_pairs(causal(), q_len, 300, q_offset=300 - q_len)
+    ours = kernels._sdpa(query, key, value, 0.3)
+    torch.testing.assert_close(
+        ours.double(), dense_attention(query, key, value, visible, scale=0.3)[0], atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("q_offset", [0, 17, 299])

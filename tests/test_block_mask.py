@@ -21,21 +21,22 @@ def listed(num: torch.Tensor, indices: torch.Tensor, columns: int) -> torch.Tens
     return result.bool()
 
 
-def blocks(block_mask: BlockMask, block_size: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
-    columns = -(-block_mask.seq_lengths[1] // block_size)
+def blocks(block_mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:
+    columns = -(-block_mask.seq_lengths[1] // block_mask.BLOCK_SIZE[1])
     partial = listed(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
     if block_mask.full_kv_num_blocks is None:
         return partial, torch.zeros_like(partial)
     return partial, listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
 
 
-def assert_right(block_mask: BlockMask, visible: torch.Tensor, block_size: int) -> None:
+def assert_right(block_mask: BlockMask, visible: torch.Tensor) -> None:
     """No visible pair lies in a skipped block, and every pair of a full block is visible."""
-    partial, full = blocks(block_mask, block_size)
+    partial, full = blocks(block_mask)
     assert not (partial & full).any(), "a block is both partial and full"
 
     def per_pair(per_block: torch.Tensor) -> torch.Tensor:
-        pairs = per_block.repeat_interleave(block_size, -2).repeat_interleave(block_size, -1)
+        rows, keys = block_mask.BLOCK_SIZE
+        pairs = per_block.repeat_interleave(rows, -2).repeat_interleave(keys, -1)
         return pairs[..., : visible.shape[-2], : visible.shape[-1]].expand(visible.shape)
 
     assert not (visible & ~per_pair(partial | full)).any(), "a visible pair lies in a skipped block"
@@ -43,13 +44,13 @@ def assert_right(block_mask: BlockMask, visible: torch.Tensor, block_size: int) 
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.data(), st.integers(1, 600), st.integers(1, 600), st.sampled_from([16, 32, 128]))
+@given(st.data(), st.integers(1, 600), st.integers(1, 600), st.sampled_from([16, 32, 128, (48, 32), (16, 64)]))
 def test_random_compositions_keep_what_is_visible(data, q_len, kv_len, block_size):
     q_offset = data.draw(st.integers(0, 200))
     mask = data.draw(compositions(max(q_len + q_offset, kv_len)))
     built = build_block_mask(mask, q_len, kv_len, batch=BATCH, heads=HEADS, block_size=block_size, q_offset=q_offset)
     visible = visible_pairs(mask, q_len, kv_len, BATCH, HEADS, q_offset)
-    assert_right(built, visible, block_size)
+    assert_right(built, visible)
 
 
 @pytest.mark.parametrize("length", [97, 128, 130, 1000, 4096])
@@ -129,7 +130,7 @@ def test_dense_rows_known_as_an_int_do_not_widen_the_other_lists():
     plan = swaa_flex.plan(
         causal() & (window(2048) | sinks(128) | rows_from(length - 64)), length, length, backend="cpp"
     )
-    assert [(s.first, s.stop) for s in plan.segments] == [(0, length - 64), (length - 64, length)]
+    assert [(s.first, s.stop) for s in plan.segments] == [(0, length), (length - 64, length)]
     widths = [s.block_mask.kv_num_blocks + s.block_mask.full_kv_num_blocks for s in plan.segments]
     assert widths[0].max() <= 20
 

@@ -18,6 +18,9 @@ from .masks import offset
 BLOCK_SIZE = 128
 """Rows and keys per block, FlexAttention's default sparse block size."""
 
+BlockSize = int | tuple[int, int]
+"""Rows and keys per block, or one number for both."""
+
 Range = tuple[Tensor, Tensor]
 """First and past-the-last block, int32 `[batch | 1, heads | 1, row_blocks]`."""
 
@@ -30,7 +33,7 @@ def build_block_mask(
     batch: int | None = None,
     heads: int | None = None,
     device: torch.device | str = "cpu",
-    block_size: int = BLOCK_SIZE,
+    block_size: BlockSize = BLOCK_SIZE,
     q_offset: int | Tensor = 0,
 ) -> BlockMask:
     """The `BlockMask` of a mask, from its geometry.
@@ -46,7 +49,7 @@ def build_block_mask(
         batch: number of sequences, or None for one mask for all.
         heads: number of query heads, or None for one mask for all.
         device: where to build, the device of the query.
-        block_size: rows and keys per block.
+        block_size: rows and keys per block, one number or both.
         q_offset: added to query indices, an int or a 0-d integer tensor.
 
     Returns:
@@ -64,7 +67,7 @@ def build_block_mask(
     """
     check_sizes(mask, q_len, kv_len, batch, heads)
     shifted = offset(mask, q=q_offset)
-    bounds = row_block_bounds(shifted, q_len, kv_len, block_size, device)
+    bounds = row_block_bounds(shifted, q_len, kv_len, _sides(block_size)[0], device)
     return layout(shifted, bounds, q_len, kv_len, device=device, block_size=block_size)
 
 
@@ -75,7 +78,7 @@ def layout(
     kv_len: int,
     *,
     device: torch.device | str,
-    block_size: int = BLOCK_SIZE,
+    block_size: BlockSize = BLOCK_SIZE,
     full_width: bool = False,
     separate_full: bool = True,
     needs_grad: bool = False,
@@ -84,18 +87,19 @@ def layout(
 
     Args:
         mask: evaluated at row and key indices as they are.
-        bounds: its `row_block_bounds`.
+        bounds: its `row_block_bounds`, for the same number of rows per block.
         q_len: number of query rows.
         kv_len: number of keys.
         device: where to build.
-        block_size: rows and keys per block.
+        block_size: rows and keys per block, one number or both.
         full_width: lists as wide as there are kv blocks.
         separate_full: list full blocks apart; otherwise all blocks are partial and there is no full list.
         needs_grad: add the query-side lists of the backward pass (row blocks x kv blocks of int32, twice).
     """
-    partial, full = _ranges(bounds, q_len, kv_len, block_size, device, separate_full)
-    row_blocks, kv_blocks = -(-q_len // block_size), -(-kv_len // block_size)
-    width = kv_blocks if full_width else list_width(bounds, kv_len, block_size)
+    q_block, kv_block = _sides(block_size)
+    partial, full = _ranges(bounds, q_len, kv_len, q_block, kv_block, device, separate_full)
+    row_blocks, kv_blocks = -(-q_len // q_block), -(-kv_len // kv_block)
+    width = kv_blocks if full_width else list_width(bounds, kv_len, kv_block)
     shape = torch.broadcast_shapes((1, 1, row_blocks), *(end.shape for ends in (*partial, *full) for end in ends))
     like = torch.zeros(shape, dtype=torch.int32, device=device)
     # Both lists must be equally wide: kernels address the full one with the strides of the partial one
@@ -115,29 +119,29 @@ def layout(
         q_indices=lists.get("q_indices"),
         full_q_num_blocks=lists.get("full_q_num_blocks"),
         full_q_indices=lists.get("full_q_indices"),
-        BLOCK_SIZE=(block_size, block_size),
+        BLOCK_SIZE=(q_block, kv_block),
         mask_mod=mask,
     )
 
 
-def list_width(bounds: Bounds, kv_len: int, block_size: int = BLOCK_SIZE) -> int:
+def list_width(bounds: Bounds, kv_len: int, kv_block: int = BLOCK_SIZE) -> int:
     """How many kv blocks a row block can list at most, from Python integers alone."""
-    kv_blocks = -(-kv_len // block_size)
+    kv_blocks = -(-kv_len // kv_block)
     touched = 0
     for interval in bounds.superset:
-        blocks = interval.max_blocks(block_size)
+        blocks = interval.max_blocks(kv_block)
         if blocks is None:
             return kv_blocks
         touched += blocks
     return max(1, min(kv_blocks, touched))
 
 
-def row_block_bounds(mask: Mask, q_len: int, kv_len: int, block_size: int, device: torch.device | str) -> Bounds:
-    """Bounds of each block of `block_size` rows, clipped to the keys there are."""
-    blocks = torch.arange(-(-q_len // block_size), dtype=torch.int32, device=device)
-    first = blocks[None, None, :] * block_size
+def row_block_bounds(mask: Mask, q_len: int, kv_len: int, q_block: int, device: torch.device | str) -> Bounds:
+    """Bounds of each block of `q_block` rows, clipped to the keys there are."""
+    blocks = torch.arange(-(-q_len // q_block), dtype=torch.int32, device=device)
+    first = blocks[None, None, :] * q_block
     start = symbolic(first)
-    bounds = mask.bounds(Rows(start, start.plus(min(block_size, q_len) - 1)))
+    bounds = mask.bounds(Rows(start, start.plus(min(q_block, q_len) - 1)))
     return bounds.clip(Interval((Linear(),), (Linear(offset=kv_len),)))
 
 
@@ -158,25 +162,35 @@ def check_sizes(mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: i
             )
 
 
+def _sides(block_size: BlockSize) -> tuple[int, int]:
+    return (block_size, block_size) if isinstance(block_size, int) else block_size
+
+
 def _ranges(
-    bounds: Bounds, q_len: int, kv_len: int, block_size: int, device: torch.device | str, separate_full: bool
+    bounds: Bounds,
+    q_len: int,
+    kv_len: int,
+    q_block: int,
+    kv_block: int,
+    device: torch.device | str,
+    separate_full: bool,
 ) -> tuple[list[Range], list[Range]]:
     """Partial and full kv blocks of each row block, as ascending disjoint ranges of blocks."""
-    row_blocks = -(-q_len // block_size)
+    row_blocks = -(-q_len // q_block)
     keys = _tensors(bounds.superset, row_blocks, device)
-    touched = _merged([(start // block_size, _blocks_until(start, stop, block_size)) for start, stop in keys])
+    touched = _merged([(start // kv_block, _blocks_until(start, stop, kv_block)) for start, stop in keys])
     full: list[Range] = []
-    if separate_full and q_len >= block_size and kv_len >= block_size and bounds.subset:
-        complete = torch.arange(1, row_blocks + 1, device=device) * block_size <= q_len
+    if separate_full and q_len >= q_block and kv_len >= kv_block and bounds.subset:
+        complete = torch.arange(1, row_blocks + 1, device=device) * q_block <= q_len
         for start, stop in merged_ranges(bounds.subset, row_blocks, device):
-            first, last = (start + block_size - 1) // block_size, stop // block_size
+            first, last = (start + kv_block - 1) // kv_block, stop // kv_block
             full.append((first, torch.where(complete, torch.maximum(first, last), first)))
     return _subtract(touched, full), full
 
 
-def _blocks_until(start: Tensor, stop: Tensor, block_size: int) -> Tensor:
+def _blocks_until(start: Tensor, stop: Tensor, kv_block: int) -> Tensor:
     """One past the last block of `[start, stop)`, the block of `start` itself if that is empty."""
-    return torch.where(stop > start, (stop + block_size - 1) // block_size, start // block_size)
+    return torch.where(stop > start, (stop + kv_block - 1) // kv_block, start // kv_block)
 
 
 def _tensors(intervals: Union, row_blocks: int, device: torch.device | str) -> list[Range]:

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from . import backends, chunked
 from .algebra import Mask
-from .block_mask import check_sizes
+from .block_mask import BLOCK_SIZE, check_sizes
 from .errors import BackendUnavailableError, MaskError
-from .plan import AttentionPlan, Segment, plan
+from .plan import FEW_ROWS, AttentionPlan, Segment, plan
 
 
 def attention(
@@ -96,6 +97,7 @@ def attention(
             device=query.device,
             backend=chosen,
             needs_grad=needs_grad,
+            head_dim=query.shape[-1],
         )
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if ready.backend == "chunked":
@@ -134,23 +136,39 @@ def _flex(
             "backend='cpp' cannot run here: FlexAttention on CPU returns no log-sum-exp, which learned sink logits "
             "and return_lse need; run without torch.compile, where backend='chunked' has both"
         )
-    outs, lses = [], []
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
     for segment in ready.segments:
-        is_slice = len(ready.segments) > 1
+        is_slice = (segment.first, segment.stop) != (0, ready.q_len)
         rows = query[:, :, segment.first : segment.stop] if is_slice else query
         part, part_lse = _call(rows, key, value, segment, is_slice, scale, softcap, needs_lse)
         outs.append(part)
         if part_lse is not None:
             lses.append(part_lse / math.log(2) if segment.backend == "flash" and _flash_lse_is_scaled() else part_lse)
-    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+    out = _joined(outs, ready)
     if not needs_lse:
         return out, None
-    lse = lses[0] if len(lses) == 1 else torch.cat(lses, dim=2)
+    lse = _joined(lses, ready)
     if sink_logits is not None:
         sinks = sink_logits.to(lse.dtype).view(1, -1, 1)
         out = (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
         lse = torch.logaddexp(lse, sinks)
     return out, lse
+
+
+def _joined(parts: list[Tensor], ready: AttentionPlan) -> Tensor:
+    """What the segments computed, `[batch, heads, rows, ...]`, as one tensor."""
+    whole = parts[0]
+    if len(parts) == 1:
+        return whole
+    if whole.shape[2] != ready.q_len:
+        return torch.cat(parts, dim=2)
+    for segment, part in zip(ready.segments[1:], parts[1:], strict=True):
+        if whole.requires_grad:  # the backward pass of the first needs it unchanged
+            whole = torch.slice_scatter(whole, part, 2, segment.first, segment.stop)
+        else:
+            whole[:, :, segment.first : segment.stop] = part
+    return whole
 
 
 def _call(
@@ -163,6 +181,9 @@ def _call(
     softcap: float | None,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    plain = segment.is_causal_end and not needs_lse and softcap is None
+    if plain and _sdpa_is_faster(query, key, value, segment, is_slice):
+        return _sdpa(query, key, value, scale), None
     heads, group = query.shape[1], query.shape[1] // key.shape[1]
     query = _padded_groups(query, key, segment, is_slice)
     if query.shape[1] != heads:
@@ -185,6 +206,29 @@ def _call(
         torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
     )
     return _compiled(kind)(query, key, value, block_mask, scale, softcap, needs_lse, options)
+
+
+def _sdpa_is_faster(query: Tensor, key: Tensor, value: Tensor, segment: Segment, is_slice: bool) -> bool:
+    """Whether PyTorch's own kernels win at full causal rows (benchmarks/kernel_options.py).
+
+    Whole prompts: cuDNN is ahead of the Triton kernel, not of FLASH. A few last rows: FlashAttention-2 splits the keys
+    among the processors, as the decode kernel does for even fewer.
+    """
+    if not query.is_cuda or query.dtype.itemsize != 2 or query.shape[3] != value.shape[3] or query.shape[3] > 256:
+        return False
+    if query.shape[2] == key.shape[2]:
+        return segment.backend == "triton"
+    return query.shape[2] <= FEW_ROWS and not _can_decode(query, key, segment, is_slice)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Full causal rows, the last of which sees all keys."""
+    whole = query.shape[2] == key.shape[2]
+    bias = None if whole else causal_lower_right(query.shape[2], key.shape[2])
+    out: Tensor = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, is_causal=whole, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out
 
 
 def _flex_call(
@@ -241,12 +285,25 @@ def _kernel_options(query: Tensor, key: Tensor, segment: Segment, is_slice: bool
     if segment.backend == "flash":
         return {"BACKEND": "FLASH"}
     if not _can_decode(query, key, segment, is_slice):
-        return {"BACKEND": "TRITON"}
+        return _prefill_options(query, key)
     options: dict[str, Any] = {"BACKEND": "TRITON_DECODE"}
     if query.dtype.itemsize == 2 and query.shape[-1] <= 128:
         # The defaults of torch 2.11 to 2.13 keep one tile in flight, which leaves a third of the bandwidth unused
         # (benchmarks/decode_kernel.py).
         options |= {"BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
+    return options
+
+
+def _prefill_options(query: Tensor, key: Tensor) -> dict[str, Any]:
+    """What is fastest by measurement (benchmarks/kernel_options.py; sm90), the defaults of FlexAttention elsewhere."""
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if query.dtype.itemsize == 2 and 64 < query.shape[3] <= 128 and _is_hopper(query.device.index):
+        # Loads by TMA leave registers for larger tiles, and reach beyond 2^31 elements (plain ones overflow).
+        options |= {"fwd_USE_TMA": True, "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128}
+        options |= {"fwd_num_stages": 3, "fwd_num_warps": 8}
+    # In a compiled graph inductor sees whether lengths are whole blocks; elsewhere one kernel is for all lengths.
+    if not torch.compiler.is_compiling() and query.shape[2] % BLOCK_SIZE == 0 and key.shape[2] % BLOCK_SIZE == 0:
+        options["IS_DIVISIBLE"] = True
     return options
 
 
@@ -278,6 +335,11 @@ def _can_decode(query: Tensor, key: Tensor, segment: Segment, is_slice: bool) ->
     assert block_mask is not None
     fits = query.shape[2] * group <= 64 and group & (group - 1) == 0
     return fits and not is_slice and block_mask.full_kv_num_blocks is None and block_mask.kv_indices.shape[1] == 1
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_hopper(device_index: int | None) -> bool:
+    return torch.cuda.get_device_capability(device_index)[0] == 9
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

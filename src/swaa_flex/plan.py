@@ -13,7 +13,10 @@ from . import backends, chunked
 from .algebra import Mask, has_scalar_tensor, with_tensors, with_tensors_in_memory
 from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
 from .intervals import Bounds
-from .masks import offset, per_sequence_offset
+from .masks import causal, offset, per_sequence_offset
+
+FEW_ROWS = 256
+"""So many rows that differ from the rest are cheaper computed twice than left out of the kernel call of the rest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +29,14 @@ class Segment:
     mask: Mask  # evaluated at row indices counted from `first`
     block_mask: BlockMask | None  # None for the chunked backend, which has
     chunks: tuple[chunked.Chunk, ...]
+    is_causal_end: bool = False  # full causal rows, the last of which sees all keys: kernels without masks do as well
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """A mask made ready for a backend: run it with `attention(query, key, value, plan)`.
 
-    Made by `plan`; all layers with the same mask and lengths share one.
+    Made by `plan`; all layers with the same mask and lengths share one. Where segments overlap, later ones are right.
     """
 
     mask: Mask  # at the rows of the query, offset included
@@ -58,12 +62,13 @@ def plan(
     backend: str = "auto",
     q_offset: int | Tensor = 0,
     needs_grad: bool = False,
+    head_dim: int | None = None,
 ) -> AttentionPlan:
     """Turns a mask into what a backend runs.
 
-    Where a few rows see much more than the others and are known from Python integers (`rows_from(int)`), the
-    query range is split into several kernel calls, so that those rows do not widen the lists of all rows. In a plan
-    for flash, stretches of fewer than 128 rows, and masks with 0-d tensors, run on triton.
+    Where a few rows see much more than the others and are known from Python integers (`rows_from(int)`), those rows
+    are kernel calls of their own, so that they do not widen the lists of all rows. In a plan for flash, stretches of
+    fewer than 128 rows, and masks with 0-d tensors, run on triton.
 
     Args:
         mask: the mask; query row i is evaluated at i + `q_offset`, key j at j.
@@ -75,6 +80,7 @@ def plan(
         backend: "auto", "flash", "triton", "cpp" or "chunked".
         q_offset: added to query indices, an int or a 0-d integer tensor.
         needs_grad: whether the backward pass will run.
+        head_dim: of the query, if known: flash has blocks of another shape for small ones.
 
     Returns:
         The plan.
@@ -99,16 +105,15 @@ def plan(
     if backend == "chunked":
         segments = tuple(_chunked_segment(*part, q_offset, kv_len, device) for part in parts)
         return AttentionPlan(local, backend, q_len, kv_len, segments, needs_grad)
-    bounds = [_bounds(*part, q_offset, kv_len, device) for part in parts]
-    widths = [list_width(b, kv_len) for b in bounds]
     # Where no list would become shorter, one call is better; but a compiled graph keeps the stretches, whose masks
     # hold no symbolic row numbers: capturing those fails in torch 2.11's lowering of flex_attention.
-    if min(widths) == max(widths) and len(parts) > 1 and not torch.compiler.is_compiling():
-        parts = [(0, q_len, mask)]
-        bounds = [_bounds(0, q_len, mask, q_offset, kv_len, device)]
+    if len(parts) > 1 and not torch.compiler.is_compiling():
+        widths = {list_width(_bounds(*part, q_offset, kv_len, BLOCK_SIZE, device), kv_len) for part in parts}
+        if len(widths) == 1:
+            parts = [(0, q_len, mask)]
     segments = tuple(
-        _flex_segment(*part, b, q_offset, kv_len, batch, device, backend, needs_grad)
-        for part, b in zip(parts, bounds, strict=True)
+        _flex_segment(*part, q_offset, kv_len, batch, device, backend, needs_grad, head_dim)
+        for part in _covered(parts, q_len)
     )
     return AttentionPlan(local, backend, q_len, kv_len, segments, needs_grad)
 
@@ -131,8 +136,22 @@ def _split(mask: Mask, q_len: int, q_offset: int | Tensor) -> list[Part]:
     return [(a, b, mask.for_rows(a + q_offset, b - 1 + q_offset)) for a, b in itertools.pairwise(edges)]
 
 
-def _bounds(first: int, stop: int, mask: Mask, q_offset: int | Tensor, kv_len: int, device: torch.device) -> Bounds:
-    return row_block_bounds(offset(mask, q=q_offset + first), stop - first, kv_len, BLOCK_SIZE, device)
+def _covered(parts: list[Part], q_len: int) -> list[Part]:
+    """The longest part stretched over all rows and the others after it, if those are few: nothing has to be joined."""
+    at = 0
+    for i, (first, stop, _) in enumerate(parts):
+        if stop - first > parts[at][1] - parts[at][0]:
+            at = i
+    first, stop, mask = parts[at]
+    if len(parts) == 1 or q_len - (stop - first) > FEW_ROWS:
+        return parts
+    return [(0, q_len, mask), *parts[:at], *parts[at + 1 :]]
+
+
+def _bounds(
+    first: int, stop: int, mask: Mask, q_offset: int | Tensor, kv_len: int, q_block: int, device: torch.device
+) -> Bounds:
+    return row_block_bounds(offset(mask, q=q_offset + first), stop - first, kv_len, q_block, device)
 
 
 def _chunked_segment(
@@ -146,15 +165,18 @@ def _flex_segment(
     first: int,
     stop: int,
     mask: Mask,
-    bounds: Bounds,
     q_offset: int | Tensor,
     kv_len: int,
     batch: int | None,
     device: torch.device,
     backend: str,
     needs_grad: bool,
+    head_dim: int | None,
 ) -> Segment:
     q_len, shift = stop - first, q_offset + first
+    is_causal_end = False
+    if not isinstance(shift, Tensor) and not torch.compiler.is_compiling():
+        is_causal_end = mask == causal() and shift + q_len == kv_len
     shifted = isinstance(shift, Tensor) or shift != 0
     if backend == "flash" and (q_len < BLOCK_SIZE or has_scalar_tensor(mask) or (shifted and batch is None)):
         # FLASH has no split over keys, which few rows need, and reads captured tensors only at computed indices.
@@ -170,12 +192,16 @@ def _flex_segment(
     local = offset(mask, q=shift) if backend != "flash" else per_sequence_offset(mask, shift)
     if backend == "cpp" and torch.compiler.is_compiling():
         local = with_tensors_in_memory(local)
+    # FLASH has a faster kernel for small heads, with tiles of 192 rows (sm90; benchmarks/kernel_options.py).
+    small = backend == "flash" and head_dim is not None and head_dim <= 64 and not needs_grad
+    q_block = 192 if small and torch.cuda.get_device_capability(device)[0] == 9 else BLOCK_SIZE
     block_mask = layout(
         local,
-        bounds,
+        _bounds(first, stop, mask, q_offset, kv_len, q_block, device),
         q_len,
         kv_len,
         device=device,
+        block_size=(q_block, BLOCK_SIZE),
         # The compiled CPU kernel insists on kv_len <= list width * block (torch 2.11 to 2.13, flex_cpu.py).
         full_width=backend == "cpp",
         # The decode kernel sizes its splits by kv_len instead of by the list once there are full blocks.
@@ -186,7 +212,7 @@ def _flex_segment(
         # Symbolic integers in a mask_mod can break the compiled CPU kernel: inductor substitutes its own names in the
         # C++ text, and "ks2" also matches in "ks27" (torch 2.11 to 2.13, codegen/cpp_flex_attention_template.py).
         local = block_mask.mask_mod = with_tensors(local, device)
-    return Segment(first, stop, backend, local, block_mask, ())
+    return Segment(first, stop, backend, local, block_mask, (), is_causal_end)
 
 
 def _row_tensor(row: int, device: torch.device) -> Tensor:

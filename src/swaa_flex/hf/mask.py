@@ -282,6 +282,7 @@ class ForwardMask(BlockMask):
                 backend=backend,
                 q_offset=self.q_offset,
                 needs_grad=needs_grad,
+                head_dim=query.shape[-1],
             )
         return self.plans[variant]
 
