@@ -34,16 +34,17 @@ def answers(path: Path, **loading) -> dict[tuple[str, str], dict]:
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="swaa_flex", swaa=config, **loading)
         for cache, make in CACHES.items():
             out = model.generate(
-                **inputs,
+                **{name: tensor.to(model.device) for name, tensor in inputs.items()},
                 past_key_values=make(model.config),
                 max_new_tokens=20,
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
+                disable_compile=True,  # what a GPU would do for the cache of fixed size
             )
             found[recipe, cache] = {
-                "tokens": out.sequences,
-                "logits": torch.stack(out.logits),
+                "tokens": out.sequences.cpu(),
+                "logits": torch.stack(out.logits).cpu(),
                 "kv_heads": [layer.keys.shape[1] for layer in out.past_key_values.layers],
             }
     return found

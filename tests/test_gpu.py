@@ -97,6 +97,65 @@ def test_flash_forward(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_large_heads(backend, name):
+    """Their kernels have tiles of another shape."""
+    inputs, mask = tensors(dtype=torch.bfloat16, head_dim=128), on_cuda(name)
+    with torch.no_grad():
+        close(attention(*inputs, mask, backend=backend), oracle(*inputs, mask)[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_lengths_of_whole_blocks(backend, head_dim):
+    near = causal() & (window(200) | sinks(5))
+    for length in (768, 640, 700):
+        inputs = tensors(length, length, torch.bfloat16, head_dim=head_dim)
+        for mask in (near, causal() & (window(200) | sinks(5) | rows_from(length - 64)), causal()):
+            with torch.no_grad():
+                close(attention(*inputs, mask, backend=backend), oracle(*inputs, mask)[0], torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_million_tokens(backend):
+    """Offsets beyond 2^31 elements, in the layout of a transformers model, and lists of linear size."""
+    length, near, first = 1 << 20, 2048, 128
+    shapes = ((1, length, heads_, 128) for heads_ in (32, 8, 8))
+    query, key, value = (torch.randn(s, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for s in shapes)
+    mask = causal() & (window(near) | sinks(first) | rows_from(length - 64))
+    ready = swaa_flex.plan(mask, length, length, batch=1, heads=32, device="cuda", backend=backend)
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+    lists = [getattr(s.block_mask, name) for s in ready.segments for name in names]
+    assert sum(t.numel() * t.element_size() for t in lists if t is not None) <= 8 << 20
+    with torch.no_grad():
+        out = attention(query, key, value, ready)
+    rows = torch.tensor([0, 5000, 1 << 19, (1 << 20) - 65, (1 << 20) - 64, (1 << 20) - 1], device="cuda")
+    keys = torch.arange(length, device="cuda")
+    distance = rows[:, None] - keys
+    visible = (distance >= 0) & ((distance < near) | (keys < first) | (rows[:, None] >= length - 64))
+    for head in (0, 31):
+        few = (query[:, head : head + 1, rows], key[:, head // 4 : head // 4 + 1], value[:, head // 4 : head // 4 + 1])
+        expected = dense_attention(*few, visible)[0]
+        assert torch.isfinite(out[0, head]).all()
+        close(out[:, head : head + 1, rows], expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forward_does_not_synchronise(backend):
+    model = tiny("qwen3", head_dim=64).to("cuda", torch.bfloat16)
+    model.config.swaa = SWAAConfig(64, 5, (1, 3), True, 16, backend=backend)
+    ids = torch.randint(3, 99, (1, 700), device="cuda")
+    with torch.no_grad():
+        model(ids)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["window and sinks", "dense tail", "rows per sequence", "left padded"])
 def test_gradients(backend, name):
     dtype = torch.bfloat16 if backend == "flash" else torch.float32
