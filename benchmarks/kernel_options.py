@@ -16,6 +16,7 @@ from typing import Any
 import runner
 import torch
 import torch.nn.functional as F
+from prefill_kernel import Case, Method, inputs, largest_error, mask_of
 from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,42 +30,16 @@ W, K, TAIL = 2048, 128, 64
 WINDOW = causal() & (window(W) | sinks(K))
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is computed: "window", "full" (causal), or the "tail": the last 64 rows, full causal."""
-
-    work: str
-    length: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def pairs(self) -> int:
-        """Visible pairs of one head."""
-        rows = self.length
-        if self.work == "full":
-            return rows * (rows + 1) // 2
-        if self.work == "tail":
-            return TAIL * rows - TAIL * (TAIL - 1) // 2
-        seen = min(W + K, rows)
-        return seen * (seen + 1) // 2 + (rows - seen) * seen
-
-    @property
-    def tera(self) -> float:
-        """Useful TFLOP: two products, a multiplication and an addition each."""
-        return 4 * self.pairs * self.heads * self.head_dim / 1e12
-
-    def __str__(self) -> str:
-        length = f"{self.length >> 10}k" if self.length % 1024 == 0 else str(self.length)
-        return f"{self.work} {length} {self.heads}/{self.kv_heads}x{self.head_dim}"
+BIG, MIDDLE = Case(1 << 17, W, K), Case(1 << 15, W, K)
+FULL = Case(1 << 15, None, 0)
+LAST = Case(1 << 17, None, 0, last_rows=TAIL)
+SMALL_HEADS = (Case(1 << 17, W, K, (9, 3, 64)), Case(1 << 15, W, K, (64, 8, 64)))
 
 
-BIG = Case("window", 1 << 17, 32, 8, 128)
-MIDDLE = Case("window", 1 << 15, 32, 8, 128)
-FULL = Case("full", 1 << 15, 32, 8, 128)
-LAST = Case("tail", 1 << 17, 32, 8, 128)
-SMALL_HEADS = (Case("window", 1 << 17, 9, 3, 64), Case("window", 1 << 15, 64, 8, 64))
+def name_of(case: Case) -> str:
+    work = "tail" if case.last_rows else "window" if case.sliding_window else "full"
+    length = f"{case.length >> 10}k" if case.length % 1024 == 0 else str(case.length)
+    return f"{work} {length} {case.shape[0]}/{case.shape[1]}x{case.shape[2]}"
 
 
 def tiles(m: int, n: int, warps: int, stages: int, **more: Any) -> dict[str, Any]:
@@ -102,10 +77,11 @@ def flex(name: str, case: Case = BIG, options: dict[str, Any] | None = None, **m
 def variants(quick: bool) -> list[list[Variant]]:
     """Groups: each is prepared by one process."""
     if quick:
-        case, last = Case("window", 4096, 4, 2, 64), Case("tail", 4096, 4, 2, 64)
+        shape = (4, 2, 64)
+        case, last = Case(4096, W, K, shape), Case(4096, None, 0, shape, last_rows=TAIL)
         return [[Variant("ours", case, "ours"), flex("defaults", case, {"PRESCALE_QK": True})], tail(last)[:2]]
     flash = {"BACKEND": "FLASH"}
-    ragged = Case("window", (1 << 17) - 37, 32, 8, 128)
+    ragged = Case((1 << 17) - 37, W, K)
     small = tiles(64, 64, 4, 3)
     large = tiles(128, 128, 8, 3)
     narrow = {
@@ -232,55 +208,21 @@ class Group:
     def measure(self, ready: list[tuple[Variant, Callable[..., Tensor] | str]]) -> Iterator[Result]:
         for variant, call in ready:
             if isinstance(call, str):
-                yield Result(str(variant.case), variant.name, None, None, None, call)
+                yield Result(name_of(variant.case), variant.name, None, None, None, call)
                 continue
             tensors = inputs(variant.case)
-            error = largest_error(call(*tensors), *tensors, variant)
+            error = largest_error(call(*tensors), *tensors, variant.case, method_of(variant))
             ms = runner.milliseconds(functools.partial(call, *tensors), repeats=15, seconds=1)
-            yield Result(str(variant.case), variant.name, ms, variant.case.tera / ms * 1e3, error)
+            yield Result(name_of(variant.case), variant.name, ms, variant.case.tera / ms * 1e3, error)
 
     def failed(self, note: str) -> Iterator[Result]:
         for variant in self.variants:
-            yield Result(str(variant.case), variant.name, None, None, None, note)
+            yield Result(name_of(variant.case), variant.name, None, None, None, note)
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as a transformers model makes them: `[batch, len, heads, head_dim]` in memory."""
-    generator = torch.Generator(runner.device()).manual_seed(0)
-    dtype = torch.bfloat16 if runner.device() == "cuda" else torch.float32
-    rows = TAIL if case.work == "tail" else case.length
-
-    def random(length: int, heads: int) -> Tensor:
-        shape = (1, length, heads, case.head_dim)
-        return torch.randn(shape, device=runner.device(), dtype=dtype, generator=generator).transpose(1, 2)
-
-    return random(rows, case.heads), random(case.length, case.kv_heads), random(case.length, case.kv_heads)
-
-
-def largest_error(out: Tensor, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> float:
-    """To float64 attention under the case's mask, in 24 rows of two heads."""
-    case, device = variant.case, query.device
-    if "cudnn" in variant.how and case.work == "window":
-        return float("nan")  # another mask
-    rows = query.shape[2]
-    picked = torch.cat([torch.arange(8), torch.randint(0, rows, (8,)), torch.arange(rows - 8, rows)]).to(device)
-    keys = torch.arange(case.length, device=device)
-    position = picked + (case.length - rows)
-    distance = position[:, None] - keys
-    visible = distance >= 0
-    if case.work == "window":
-        visible &= (distance < W) | ((keys < K) & ("fa4" not in variant.how))
-    worst = 0.0
-    for head in (0, case.heads - 1):
-        kv_head = head * case.kv_heads // case.heads
-        scores = query[0, head, picked].double() @ key[0, kv_head].double().T / case.head_dim**0.5
-        expected = scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value[0, kv_head].double()
-        worst = max(worst, (out[0, head, picked].double() - expected).abs().max().item())
-    return worst
-
-
-def mask_of(case: Case) -> swaa_flex.Mask:
-    return WINDOW if case.work == "window" else causal()
+def method_of(variant: Variant) -> Method:
+    """What the error is measured against."""
+    return Method(CALLS[variant.how], full=variant.how == "cudnn", sinks=variant.how != "fa4")
 
 
 def reordered(block_mask: BlockMask) -> BlockMask:
@@ -361,7 +303,7 @@ def fa4(**more: Any) -> Callable[..., Callable[..., Tensor]]:
     def make(variant: Variant, *tensors: Tensor) -> Callable[..., Tensor]:
         from flash_attn.cute.interface import flash_attn_func
 
-        near = {"window_size": (W - 1, 0)} if variant.case.work == "window" else {}
+        near = {"window_size": (W - 1, 0)} if variant.case.sliding_window else {}
 
         def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             turned = (x.transpose(1, 2) for x in (query, key, value))
