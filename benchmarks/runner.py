@@ -47,9 +47,9 @@ class Job(Protocol):
         """The results of a job that could not run."""
 
 
-def run(jobs: Sequence[Job], report: Report, *, processes: int = 12) -> None:
-    """Runs jobs in waves of what fits into the memory of the device."""
-    gib = capacity_gib()
+def run(jobs: Sequence[Job], report: Report, *, processes: int = 12, headroom_gib: float = 0) -> None:
+    """Runs jobs in waves of what fits into the memory of the device, less what a job takes only while it measures."""
+    gib = capacity_gib() - headroom_gib
     waiting = list(jobs)
     while waiting:
         wave: list[Job] = []
@@ -127,6 +127,9 @@ class Report:
     def add(self, result: Any) -> None:
         self.results.append(result)
         self.console.print(self.line(result), highlight=False)
+        self.save()
+
+    def save(self) -> None:
         if self.path:
             write(self.path, json.dumps(self.data(), indent=1) + "\n")
 
@@ -155,6 +158,7 @@ class Report:
 
     def close(self, table: Table, plot: Callable[[dict[str, Any], Path], None] | None = None) -> None:
         """Prints the table and one line of JSON; draws the plot beside the data."""
+        self.save()
         self.console.print(table)
         data = self.data()
         if self.path and plot:

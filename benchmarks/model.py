@@ -1,0 +1,384 @@
+"""A whole model, Qwen3-4B shape: time to first token, time per token and memory, against stock transformers.
+
+    python benchmarks/model.py [--quick] [--long] [--out docs/benchmarks]
+
+Weights are random: speed does not depend on them. "free" is a window of one key, so nearly no attention: what remains
+is the bound that Amdahl's law sets. `--long` adds half a million tokens, and a million on a smaller model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import decode
+import runner
+import torch
+from rich.table import Table
+from runner import GIB
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+import swaa_flex
+from swaa_flex import SWAACache, SWAAConfig
+
+NEW = 512  # tokens of an answer
+RECIPES = decode.RECIPES | {
+    "FA decode": SWAAConfig(2048, 128, (), True, 0),
+    "free": SWAAConfig(1, 0, (), False, 0),
+}
+# Throughput relative to full attention, one H100, vLLM, 128 k in and 512 out (arXiv 2512.10411, table of efficiency).
+PAPER = {"all SWA": 8.2, "1/2 full": 1.79, "FA decode": 1.71}
+SMALL = decode.QWEN3_4B | {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    contexts: tuple[int, ...]
+    shape: dict[str, Any]
+    chunk: int
+    steps: int = 12
+
+
+@dataclass(frozen=True)
+class Result:
+    method: str
+    recipe: str
+    context: int
+    batch: int
+    ttft_s: float | None = None
+    ms_per_token: float | None = None
+    peak_gib: float | None = None
+    total_s: float | None = None  # of the batch: prompts one after the other, then 512 tokens together
+    warmup_s: float | None = None
+    note: str = ""
+
+
+def main() -> None:
+    parser = runner.arguments(__doc__)
+    parser.add_argument("--long", action="store_true", help="half a million tokens and a million too")
+    given = parser.parse_args()
+    if given.quick:
+        config = Config((512, 2048), decode.TINY, 512, 3)
+    else:
+        config = Config((32768, 131072), decode.QWEN3_4B, 8192)
+    report = runner.Report(f"model_{runner.device()}", config, line, given.out)
+    jobs: list[Job] = [Job(config, method, "full") for method in ("sdpa eager", "sdpa compiled", "flex eager")]
+    jobs += [Job(config, "swaa_flex eager", recipe) for recipe in ("full", "1/2 full", "1/4 full", "all SWA")]
+    jobs += [Job(config, "swaa_flex compiled", recipe) for recipe in RECIPES]
+    jobs.append(
+        Job(dataclasses.replace(config, chunk=config.chunk // 4), "swaa_flex compiled, short chunks", "all SWA")
+    )
+    jobs += [Batch(config, recipe) for recipe in RECIPES]
+    if given.long:
+        longer = dataclasses.replace(config, contexts=(1 << 19,))
+        jobs += [Job(longer, "swaa_flex compiled", recipe) for recipe in ("1/4 full", "all SWA")]
+        jobs.append(Job(longer, "sdpa eager", "full"))
+        million = dataclasses.replace(config, contexts=(1 << 20,), shape=SMALL)
+        jobs.append(Job(million, "swaa_flex compiled, 0.6B", "all SWA"))
+    runner.run(sorted(jobs, key=lambda job: -job.gib), report, processes=8, headroom_gib=0 if given.quick else 30)
+    report.results[:] = with_totals(report.results)
+    report.close(table(report.results), plot)
+
+
+def with_totals(results: list[Result]) -> list[Result]:
+    """Batches were only decoded: their prompts take the time of one prompt each."""
+    prompts = {(r.recipe, r.context): r.ttft_s for r in results if r.method == "swaa_flex compiled"}
+    done = []
+    for r in results:
+        first = r.ttft_s if r.ttft_s is not None else prompts.get((r.recipe, r.context))
+        if first is not None and r.ms_per_token is not None:
+            r = dataclasses.replace(r, total_s=r.batch * first + NEW * r.ms_per_token / 1e3)
+        done.append(r)
+    return sorted(done, key=lambda r: (r.context, r.batch, r.method, list(RECIPES).index(r.recipe)))
+
+
+# --- what is measured -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method and recipe, for all contexts, batch 1."""
+
+    config: Config
+    method: str
+    recipe: str
+
+    @functools.cached_property
+    def gib(self) -> float:
+        return held_gib(self.config, self.recipe, max(self.config.contexts), 1)
+
+    @torch.no_grad()
+    def prepare(self) -> Callable[[], Iterator[Result]]:
+        start = time.perf_counter()
+        model = make_model(self.config, self.method, self.recipe)
+        request = self.request(model)
+        if not self.method.startswith("sdpa compiled"):
+            for length in (1024, 1152):  # kernels for one length, then for all
+                request(length)[1]()
+        runner.synchronise()
+        return functools.partial(self.measure, request, time.perf_counter() - start)
+
+    @torch.no_grad()
+    def measure(self, request: Request, warmup: float) -> Iterator[Result]:
+        for context in self.config.contexts:
+            try:
+                if self.method == "sdpa compiled":  # for one length of the cache only
+                    torch._dynamo.reset()
+                    begun = time.perf_counter()
+                    request(context)[1]()
+                    warmup = time.perf_counter() - begun
+                yield self.one(request, context, warmup)
+            except torch.OutOfMemoryError:
+                yield Result(self.method, self.recipe, context, 1, note="out of memory")
+
+    def one(self, request: Request, context: int, warmup: float) -> Result:
+        if runner.device() == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < 4:
+            runner.synchronise()
+            start = time.perf_counter()
+            seconds, step = request(context)
+            runner.synchronise()
+            times.append(seconds or time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated() / GIB if runner.device() == "cuda" else None
+        step()
+        step()
+        runner.synchronise()
+        start = time.perf_counter()
+        for _ in range(self.config.steps):
+            step()
+        runner.synchronise()
+        ms = (time.perf_counter() - start) / self.config.steps * 1e3
+        ttft = statistics.median(times)
+        return Result(self.method, self.recipe, context, 1, ttft, ms, peak, warmup_s=warmup)
+
+    def request(self, model: PreTrainedModel) -> Request:
+        if self.method.startswith("swaa_flex compiled"):
+            return compiled_request(model, self.config)
+        if self.method == "sdpa compiled":
+            return stock_compiled_request(model)
+        return eager_request(model, ours=self.method.startswith("swaa_flex"))
+
+    def failed(self, note: str) -> Iterator[Result]:
+        for context in self.config.contexts:
+            yield Result(self.method, self.recipe, context, 1, note=note)
+
+
+Request = Callable[[int], tuple[float, Callable[[], Any]]]
+"""Takes the length of a prompt, computes it, and returns its seconds (0: not timed) and what appends a token."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch whose caches fit, decoded together over caches of random contents."""
+
+    config: Config
+    recipe: str
+
+    @property
+    def context(self) -> int:
+        return max(self.config.contexts)
+
+    @functools.cached_property
+    def batch(self) -> int:
+        room = (runner.capacity_gib() - 12) * GIB - decode.weight_bytes(self.decoding(1))
+        per_sequence = decode_bytes(self.config, self.recipe, self.context, 1)
+        return 2 if runner.device() == "cpu" else max(1, min(64, int(room / per_sequence)))
+
+    @functools.cached_property
+    def gib(self) -> float:
+        return held_gib(self.config, self.recipe, self.context, self.batch)
+
+    def decoding(self, batch: int) -> decode.Config:
+        return decode.Config(batch, (self.context,), self.config.steps, self.config.shape, {}, 1.0)
+
+    @torch.no_grad()
+    def prepare(self) -> Callable[[], Iterator[Result]]:
+        model = make_model(self.config, "swaa_flex compiled", self.recipe)
+        compiled = swaa_flex.compile(model, max_length=self.context + 128, batch_size=self.batch, prefill_chunk=128)
+        compiled._initialise()
+        compiled._warm_decode()
+        runner.synchronise()
+        return functools.partial(self.measure, compiled)
+
+    @torch.no_grad()
+    def measure(self, compiled: swaa_flex.hf.CompiledModel) -> Iterator[Result]:
+        for layer in compiled.cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+            layer.cumulative_length.fill_(self.context)
+        compiled.rows, compiled.room = self.batch, 1000
+        tokens = torch.zeros(self.batch, dtype=torch.long, device=runner.device())
+        ms = decode.timed(lambda: compiled.decode_step(tokens), self.decoding(self.batch))
+        peak = torch.cuda.max_memory_allocated() / GIB if runner.device() == "cuda" else None
+        yield Result("swaa_flex compiled, batch", self.recipe, self.context, self.batch, None, ms, peak)
+
+    def failed(self, note: str) -> Iterator[Result]:
+        yield Result("swaa_flex compiled, batch", self.recipe, self.context, self.batch, note=note)
+
+
+def make_model(config: Config, method: str, recipe: str) -> PreTrainedModel:
+    model = decode.make_model(decode.Config(1, (), 0, config.shape, {}, 1.0))
+    if method.startswith("swaa_flex"):
+        return swaa_flex.adapt(model, RECIPES[recipe])
+    model.set_attn_implementation("sdpa" if method.startswith("sdpa") else "flex_attention")
+    return model
+
+
+def prompt(model: PreTrainedModel, length: int) -> torch.Tensor:
+    return torch.randint(10, 1000, (1, length), device=model.device)
+
+
+def compiled_request(model: PreTrainedModel, config: Config) -> Request:
+    compiled = swaa_flex.compile(model, max_length=max(config.contexts) + NEW, prefill_chunk=config.chunk).warmup()
+
+    def request(length: int) -> tuple[float, Callable[[], Any]]:
+        tokens = compiled.prefill(prompt(model, length)).argmax(-1)
+        return 0, lambda: compiled.decode_step(tokens)
+
+    return request
+
+
+def eager_request(model: PreTrainedModel, ours: bool) -> Request:
+    def request(length: int) -> tuple[float, Callable[[], Any]]:
+        ids = prompt(model, length)
+        cache = SWAACache(model.config) if ours else DynamicCache(config=model.config)
+        token = model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        return 0, lambda: model(token, past_key_values=cache).logits
+
+    return request
+
+
+def stock_compiled_request(model: PreTrainedModel) -> Request:
+    cuda = model.device.type == "cuda"
+
+    def request(length: int) -> tuple[float, Callable[[], Any]]:
+        cache = StaticCache(config=model.config, max_cache_len=length + 128)
+        heads, head_dim = model.config.num_key_value_heads, model.config.head_dim
+        cache.early_initialization(1, heads, head_dim, dtype=model.dtype, device=model.device)
+        forward = compiled_forward(model)
+        ids = prompt(model, length)
+        positions = torch.arange(length, device=model.device)[None]
+        runner.synchronise()
+        start = time.perf_counter()
+        token = forward(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits.argmax(-1).clone()
+        runner.synchronise()
+        seconds = time.perf_counter() - start
+        at = torch.full((1, 1), length, device=model.device)
+
+        def step() -> Any:
+            if cuda:
+                torch.compiler.cudagraph_mark_step_begin()
+            return forward(token, position_ids=at, past_key_values=cache).logits
+
+        return seconds, step
+
+    return request
+
+
+@functools.cache
+def compiled_forward(model: PreTrainedModel) -> Callable[..., Any]:
+    mode = "reduce-overhead" if model.device.type == "cuda" else None
+    return torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
+
+
+def decode_bytes(config: Config, recipe: str, context: int, batch: int) -> int:
+    """Of the cache."""
+    tokens, swaa = 0, RECIPES[recipe]
+    for kind in swaa.resolve(config.shape["num_hidden_layers"]):
+        near = context if swaa.sliding_window is None else min(context, swaa.sliding_window + swaa.sink_tokens)
+        tokens += context if kind.full_attention_decode else near
+    heads, head_dim = config.shape["num_key_value_heads"], config.shape["head_dim"]
+    return 2 * batch * heads * head_dim * tokens * decode.itemsize()
+
+
+def held_gib(config: Config, recipe: str, context: int, batch: int) -> float:
+    weights = decode.weight_bytes(decode.Config(1, (), 0, config.shape, {}, 1.0))
+    return (weights + decode_bytes(config, recipe, context, batch)) / GIB + 3
+
+
+# --- what is printed ------------------------------------------------------------------------------------------
+
+
+def line(r: Result) -> str:
+    name = f"{r.method:<34} {r.recipe:<9} {r.context:>8} batch {r.batch:<3}"
+    if r.note:
+        return f"{name} {r.note}"
+    first = "" if r.ttft_s is None else f"first token {r.ttft_s:7.3f} s"
+    peak = "" if r.peak_gib is None else f"peak {r.peak_gib:6.1f} GiB"
+    return f"{name} {first} {r.ms_per_token:8.2f} ms/token {peak} (warm-up {r.warmup_s or 0:.0f} s)"
+
+
+def table(results: list[Result]) -> Table:
+    names = ("tokens", "batch", "method", "recipe", "first token s", "ms per token", "peak GiB")
+    view = Table(*names, f"{NEW} tokens s", "x our full", "x stock", "paper")
+    for r in results:
+        cells = (f"{r.context:,}", str(r.batch), r.method, r.recipe)
+        if r.note:
+            view.add_row(*cells, r.note[:30])
+            continue
+        values = (shown(r.ttft_s, 3), shown(r.ms_per_token, 2), shown(r.peak_gib, 1), shown(r.total_s, 2))
+        paper = shown(PAPER.get(r.recipe) if r.context == 131072 else None, 2)
+        view.add_row(*cells, *values, shown(ratio(r, results), 2), shown(to_stock(r, results), 2), paper)
+    return view
+
+
+def shown(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def ratio(r: Result, results: list[Result]) -> float | None:
+    """Sequences per second, relative to the same deployment with full attention."""
+    same = (x for x in results if (x.method, x.context, x.recipe) == (r.method, r.context, "full"))
+    return throughput_ratio(r, next(same, None))
+
+
+def to_stock(r: Result, results: list[Result]) -> float | None:
+    """Sequences per second, relative to transformers with eager sdpa at batch 1."""
+    stock = (x for x in results if (x.method, x.context) == ("sdpa eager", r.context))
+    return throughput_ratio(r, next(stock, None))
+
+
+def throughput_ratio(r: Result, other: Result | None) -> float | None:
+    if other is None or other.total_s is None or r.total_s is None:
+        return None
+    return (r.batch / r.total_s) / (other.batch / other.total_s)
+
+
+def plot(data: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    results = [Result(**r) for r in data["results"]]
+    contexts = data["config"]["contexts"]
+    chosen = [r for r in results if r.context == max(contexts) and r.batch == 1 and r.total_s is not None]
+    labels = [f"{r.method}, {r.recipe}" for r in chosen]
+    figure, axis = plt.subplots(figsize=(10, 0.35 * len(chosen) + 1.5), layout="constrained")
+    first = [r.ttft_s or 0 for r in chosen]
+    rest = [(r.total_s or 0) - (r.ttft_s or 0) for r in chosen]
+    axis.barh(labels, first, label="first token")
+    axis.barh(labels, rest, left=first, label=f"{NEW} tokens")
+    axis.set(xlabel="seconds", title=f"{data['machine']}: {max(contexts):,} tokens in, {NEW} out, batch 1")
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3, axis="x")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
