@@ -84,5 +84,5 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Each benchmark against what one would use instead; `-- --quick` for small sizes."""
     install(session, ".[plot]")
-    for name in ("block_mask", "decode", "startup"):
+    for name in ("block_mask", "prefill_kernel", "overhead", "model", "decode", "startup"):
         session.run("python", f"benchmarks/{name}.py", *session.posargs)

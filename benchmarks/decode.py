@@ -99,7 +99,7 @@ def main() -> None:
         jobs += [Stock(config, method, context) for context in config.contexts]
     runner.run(sorted(jobs, key=lambda job: -job.gib), report)
     report.results.sort(key=rank)
-    report.close(table(report.results, config), plot)
+    report.close(table(report.results), plot)
 
 
 # --- what is measured -----------------------------------------------------------------------------------------
@@ -316,16 +316,17 @@ def line(result: Result) -> str:
     return f"{name} {result.ms_per_token:8.2f} ms  {ratio:5.2f} x floor  (warm-up {result.warmup_s:.0f} s)"
 
 
-def table(results: list[Result], config: Config) -> Table:
-    view = Table(title=f"ms per token (ratio to the floor), batch {config.batch}")
-    view.add_column("method")
-    view.add_column("recipe")
-    for context in config.contexts:
-        view.add_column(f"{context} tokens", justify="right")
-    rows = dict.fromkeys((r.method, r.recipe) for r in results)
-    for method, recipe in rows:
+def table(results: list[Result]) -> Table:
+    view = Table("method", "recipe", title=f"ms per token (ratio to the floor), batch {results[0].batch}")
+    contexts = sorted({r.context for r in results})
+    for context in contexts:
+        view.add_column(f"{context:,} tokens", justify="right")
+    view.add_column("cache GiB", justify="right")
+    for method, recipe in dict.fromkeys((r.method, r.recipe) for r in results):
         found = {r.context: r for r in results if (r.method, r.recipe) == (method, recipe)}
-        view.add_row(method, recipe, *(cell(found.get(context)) for context in config.contexts))
+        memory = next((r.cache_gib for r in found.values() if r.cache_gib), None)
+        cells = (cell(found.get(context)) for context in contexts)
+        view.add_row(method, recipe, *cells, "" if memory is None else f"{memory:.1f}")
     return view
 
 

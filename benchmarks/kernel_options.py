@@ -46,7 +46,7 @@ def tiles(m: int, n: int, warps: int, stages: int, **more: Any) -> dict[str, Any
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, **more}
 
 
-PRE, TMA = {"PRESCALE_QK": True}, {"USE_TMA": True}
+PRE, TMA, SAFE = {"PRESCALE_QK": True}, {"USE_TMA": True}, {"ROWS_GUARANTEED_SAFE": True}
 MASKS = {
     "own": WINDOW,
     # The same pairs in those blocks that are partial, in fewer operations.
@@ -84,6 +84,7 @@ def variants(quick: bool) -> list[list[Variant]]:
     ragged = Case((1 << 17) - 37, W, K)
     small = tiles(64, 64, 4, 3)
     large = tiles(128, 128, 8, 3)
+    tma = small | TMA
     narrow = {
         "64x64 4w 3s tma": small | TMA,
         "128x64 4w 3s tma": tiles(128, 64, 4, 3) | TMA,
@@ -233,6 +234,18 @@ def reordered(block_mask: BlockMask) -> BlockMask:
     return rebuilt(block_mask, kv_indices=flipped)
 
 
+def all_full(block_mask: BlockMask) -> BlockMask:
+    """Partial blocks listed as full ones, in front of them."""
+    partial, full = block_mask.kv_num_blocks, block_mask.full_kv_num_blocks
+    width = block_mask.kv_indices.shape[-1]
+    slot = torch.arange(width, device=partial.device)
+    shifted = block_mask.full_kv_indices.gather(-1, (slot - partial[..., None]).clamp(min=0).long())
+    both = torch.where(slot < partial[..., None], block_mask.kv_indices, shifted).int().contiguous()
+    return rebuilt(
+        block_mask, kv_num_blocks=torch.zeros_like(partial), full_kv_num_blocks=partial + full, full_kv_indices=both
+    )
+
+
 def rebuilt(block_mask: BlockMask, **changes: Any) -> BlockMask:
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "mask_mod", "BLOCK_SIZE")
     fields = {name: getattr(block_mask, name) for name in names} | changes
@@ -258,6 +271,8 @@ def flex_call(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Ca
         block_mask = swaa_flex.block_mask.layout(mask, bounds, *lengths, device=query.device, separate_full=False)
     if variant.order == "descending":
         block_mask = reordered(block_mask)
+    if variant.order == "all full":
+        block_mask = all_full(block_mask)
     if variant.mask != "own":
         block_mask = rebuilt(block_mask, mask_mod=MASKS[variant.mask])
     options = dict(variant.options) if query.is_cuda else None

@@ -1,58 +1,57 @@
-"""Writes the tables of docs/benchmarks.md from the committed JSON.
+"""Writes the tables of the documentation from the committed JSON: the tables that the benchmarks printed.
 
 python benchmarks/report.py
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 DOCS = Path(__file__).parents[1] / "docs"
+PAGES = ("benchmarks.md", "performance-log.md")
+MARKED = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.S)
 
 
 def main() -> None:
-    page = DOCS / "benchmarks.md"
-    page.write_text(written(page.read_text()))
+    for page in PAGES:
+        path = DOCS / page
+        path.write_text(written(path.read_text()))
 
 
 def written(text: str) -> str:
-    """The page with each `<!-- table: NAMES -->` followed by the table of those JSON files."""
-
-    def replace(match: re.Match[str]) -> str:
-        reports = [json.loads((DOCS / "benchmarks" / f"{name}.json").read_text()) for name in match[1].split()]
-        return f"<!-- table: {match[1]} -->\n{decode_table(reports)}\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (.+?) -->\n.*?<!-- end -->", replace, text, flags=re.S)
+    """The page with each `<!-- table: NAME -->` followed by the table of that JSON file."""
+    return MARKED.sub(lambda match: f"<!-- table: {match[1]} -->\n{table(match[1])}\n<!-- end -->", text)
 
 
-def decode_table(reports: list[dict[str, Any]]) -> str:
-    results = [result for report in reports for result in report["results"]]
-    contexts = sorted({result["context"] for result in results})
-    lines = [
-        "| batch | method | recipe | " + " | ".join(f"{context:,} tokens" for context in contexts) + " | cache GiB |",
-        "|---|---|---|" + "---:|" * (len(contexts) + 1),
-    ]
-    for key in dict.fromkeys((r["batch"], r["method"], r["recipe"]) for r in results):
-        row = {r["context"]: r for r in results if (r["batch"], r["method"], r["recipe"]) == key}
-        cells = [cell(row.get(context)) for context in contexts]
-        memory = next((r["cache_gib"] for r in row.values() if r["cache_gib"]), None)
-        lines.append("| " + " | ".join([*map(str, key), *cells, f"{memory:.1f}" if memory else ""]) + " |")
-    made = {(r["machine"], r["versions"]["torch"], r["versions"]["transformers"], r["date"]) for r in reports}
-    where = "; ".join(
-        f"{machine}, torch {torch}, transformers {hf}, {date}" for machine, torch, hf, date in sorted(made)
-    )
-    return "\n".join([*lines, "", f"Milliseconds per token, in brackets the ratio to the floor. {where}."])
+def table(name: str) -> str:
+    data = json.loads((DOCS / "benchmarks" / f"{name}.json").read_text())
+    script = re.search(r"benchmarks/(\w+)\.py", data["command"])
+    assert script, data["command"]
+    benchmark = importlib.import_module(script[1])
+    return f"{markdown(benchmark.table(results(benchmark, data)))}\n\n{origin(data)} [Data](benchmarks/{name}.json)."
 
 
-def cell(result: dict[str, Any] | None) -> str:
-    if result is None:
-        return "not run"
-    if result["ms_per_token"] is None:
-        return result["note"]
-    return f"{result['ms_per_token']:.2f} ({result['ms_per_token'] / result['floor_ms']:.2f})"
+def results(benchmark: Any, data: dict[str, Any]) -> list[Any]:
+    lists = {name: tuple(value) for name, value in data["results"][0].items() if isinstance(value, list)}
+    return [benchmark.Result(**(r | {name: tuple(r[name]) for name in lists})) for r in data["results"]]
+
+
+def markdown(view: Table) -> str:
+    rows = zip(*(list(column.cells) for column in view.columns), strict=True)
+    aligned = ["---:" if column.justify == "right" else "---" for column in view.columns]
+    lines = [[str(column.header) for column in view.columns], aligned, *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in cells) + " |" for cells in lines)
+
+
+def origin(data: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items() if name != "python")
+    return f"{data['machine']}, {versions}, {data['date']}, `{data['command']}`."
 
 
 if __name__ == "__main__":

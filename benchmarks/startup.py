@@ -8,15 +8,17 @@ Two processes, each with an empty folder for torch.compile: the first saves its 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
+
+import runner
+from rich.table import Table
 
 SHAPE = {
     "vocab_size": 151936,
@@ -31,17 +33,28 @@ SHAPE = {
 TINY = SHAPE | {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 
 
+@dataclass(frozen=True)
+class Config:
+    shape: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    process: str
+    model_s: float  # making one with random weights
+    first_token_s: float  # from then on, imports not counted
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tiny model")
-    parser.add_argument("--out", type=Path, help="folder for startup_<device>.json")
+    parser = runner.arguments(__doc__)
     parser.add_argument("--process", choices=["cold", "warm"], help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.process:
-        first_token(arguments.process, arguments.cache, TINY if arguments.quick else SHAPE)
+    given = parser.parse_args()
+    shape = TINY if given.quick else SHAPE
+    if given.process:
+        first_token(given.process, given.cache, shape)
         return
-    results = {}
+    report = runner.Report(f"startup_{runner.device()}", Config(shape), line, given.out)
     with tempfile.TemporaryDirectory() as folder:
         for process in ("cold", "warm"):
             command = [sys.executable, __file__, "--process", process, "--cache", f"{folder}/cache"]
@@ -49,39 +62,21 @@ def main() -> None:
                 "TORCHINDUCTOR_CACHE_DIR": f"{folder}/{process}",
                 "TRITON_CACHE_DIR": f"{folder}/{process}/triton",
             }
-            done = subprocess.run(
-                [*command, *["--quick"] * arguments.quick],
-                env=environment,
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            results[process] = json.loads(done.stdout.splitlines()[-1])
-            print(process, results[process], flush=True)
-    import torch
-    import transformers
+            quick = ["--quick"] * given.quick
+            done = subprocess.run([*command, *quick], env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            report.add(Result(process, **json.loads(done.stdout.splitlines()[-1])))
+    report.close(table(report.results))
 
-    import swaa_flex
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    report = {
-        "benchmark": "startup",
-        "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/startup.py" + " --quick" * arguments.quick,
-        "machine": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "swaa_flex": swaa_flex.__version__,
-        },
-        "model": TINY if arguments.quick else SHAPE,
-        "results": results,
-    }
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / f"startup_{device}.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+def line(r: Result) -> str:
+    return f"{r.process}: model after {r.model_s:.1f} s, first token {r.first_token_s:.1f} s later"
+
+
+def table(results: list[Result]) -> Table:
+    view = Table("process", "model s", "first token s")
+    for r in results:
+        view.add_row(r.process, f"{r.model_s:.1f}", f"{r.first_token_s:.1f}")
+    return view
 
 
 def first_token(process: str, cache: str, shape: dict[str, int]) -> None:
