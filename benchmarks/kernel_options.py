@@ -130,6 +130,22 @@ def variants(quick: bool) -> list[list[Variant]]:
             flex("128x128 8w 3s tma", ragged, large | TMA, dynamic=True),
             flex("defaults", ragged, dynamic=True),
         ],
+        [
+            *[flex("128x64 4w 3s", options=tiles(128, 64, 4, 3)), flex("128x64 8w 2s", options=tiles(128, 64, 8, 2))],
+            *[flex("64x64 4w 2s", options=tiles(64, 64, 4, 2)), flex("64x64 4w 4s", options=tiles(64, 64, 4, 4))],
+            *[flex("64x128 4w 2s", options=tiles(64, 128, 4, 2)), flex("64x32 4w 3s", options=tiles(64, 32, 4, 3))],
+        ],
+        [
+            flex("64x64 4w 3s tma, diagonal first", options=tma, order="descending"),
+            flex("64x64 4w 3s tma, diagonal first, safe", options=tma | SAFE, order="descending"),
+            flex("64x64 4w 3s tma, all partial", options=tma, split=False),
+            flex("dynamic", dynamic=True),
+            flex("dynamic, divisible", options={"IS_DIVISIBLE": True}, dynamic=True),
+        ],
+        [flex(f"64x64 4w 3s tma, mask: {m}", options=tma, mask=m) for m in MASKS if m != "own"],
+        [flex(f"flash, mask: {m}", options=flash, mask=m) for m in MASKS if m != "own"],
+        # Wrong, but it tells what evaluating masks costs.
+        [flex("flash, no masks (wrong)", options=flash, order="all full")],
         *[[flex("defaults", c)] + [flex(name, c, options) for name, options in narrow.items()] for c in SMALL_HEADS],
         [
             *[Variant("sdpa cuDNN", FULL, "cudnn"), Variant("fa4", FULL, "fa4"), flex("defaults", FULL)],
