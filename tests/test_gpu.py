@@ -9,7 +9,17 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import swaa_flex
 from swaa_flex import SWAACache, SWAAConfig, attention, backends
-from swaa_flex.masks import causal, from_mask_mod, heads, left_padded, packed, rows_from, sinks, window
+from swaa_flex.masks import (
+    causal,
+    from_mask_mod,
+    heads,
+    left_padded,
+    packed,
+    rows_from,
+    sinks,
+    sinks_and_tail,
+    window,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -238,21 +248,38 @@ def test_building_and_planning_do_not_synchronise():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_lengths_do_not_pile_up_compilations():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_and_offsets_do_not_pile_up_compilations(backend):
     from torch._dynamo.utils import counters
 
-    def run(length):
-        inputs = tensors(length, length, torch.bfloat16)
-        with torch.no_grad():
-            mask = causal() & (window(200) | sinks(5))
-            close(attention(*inputs, mask, backend="triton"), oracle(*inputs, mask)[0], torch.bfloat16)
+    mask = causal() & (window(200) | sinks(5))
 
-    for length in (300, 410, 523):
-        run(length)
+    def run(length, ahead):
+        inputs = tensors(length, length + ahead, torch.bfloat16)
+        plan = swaa_flex.plan(mask, length, length + ahead, batch=2, device="cuda", q_offset=ahead, backend=backend)
+        with torch.no_grad():
+            close(attention(*inputs, plan), oracle(*inputs, mask, q_offset=ahead)[0], torch.bfloat16)
+
+    for length, ahead in ((300, 0), (410, 0), (523, 50), (640, 70)):
+        run(length, ahead)
     compiled = counters["stats"]["unique_graphs"]
-    for length in (260, 640, 777, 1024, 1500):
-        run(length)
+    for length, ahead in ((260, 0), (641, 7), (777, 900), (1025, 0), (1500, 333)):
+        run(length, ahead)
     assert counters["stats"]["unique_graphs"] == compiled
+
+
+@flash
+def test_flash_runs_masks_of_caches():
+    """A cache that has released keys: its offsets are 0-d tensors in a compiled model, integers elsewhere."""
+    for start, pads in ((torch.tensor(120, device="cuda"), [0, 60]), (120, [0, 60]), (120, [17])):
+        inputs = [x[: len(pads)] for x in tensors(300, 500, torch.bfloat16)]
+        first = torch.tensor(pads, device="cuda")
+        mask = sinks_and_tail(causal() & (window(200) | sinks(5)), 8, start=start, first=first)
+        ahead = torch.tensor(312, device="cuda") if isinstance(start, torch.Tensor) else 312
+        plan = swaa_flex.plan(mask, 300, 500, batch=len(pads), device="cuda", q_offset=ahead, backend="flash")
+        assert [segment.backend for segment in plan.segments] == ["flash"]
+        with torch.no_grad():
+            close(attention(*inputs, plan), oracle(*inputs, mask, q_offset=312)[0], torch.bfloat16)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])

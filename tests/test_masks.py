@@ -4,10 +4,14 @@ import sys
 import pytest
 import torch
 from conftest import visible_pairs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import BATCH, HEADS, compositions
 from torch.nn.attention.flex_attention import create_mask
 
 import swaa_flex
 from swaa_flex import MaskError
+from swaa_flex.algebra import inlined, per_sequence
 from swaa_flex.masks import (
     causal,
     documents,
@@ -21,6 +25,7 @@ from swaa_flex.masks import (
     rows_from,
     rows_where,
     sinks,
+    sinks_and_tail,
     window,
 )
 
@@ -28,6 +33,28 @@ from swaa_flex.masks import (
 def picture(mask, q_len, kv_len, **kwargs):
     """One string per row of the first sequence and head, '#' for visible."""
     return ["".join("#" if x else "." for x in row) for row in visible_pairs(mask, q_len, kv_len, **kwargs)[0, 0]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 40))
+def test_a_mask_with_offsets_per_sequence_sees_the_same(data, length):
+    mask = data.draw(compositions(length))
+    moved = offset(mask, q=data.draw(st.sampled_from([0, 7, torch.tensor(7)])), kv=data.draw(st.integers(-3, 3)))
+    shape = {"q_len": length, "kv_len": length, "batch": BATCH, "heads": HEADS}
+    changed = per_sequence(moved, BATCH, torch.device("cpu"))
+    assert torch.equal(visible_pairs(changed, **shape), visible_pairs(moved, **shape))
+    assert "tensor0" not in str(changed.structure)
+
+
+def test_what_varies_between_calls_is_not_compiled_into_flash():
+    def kind(size, q, start):
+        mask = sinks_and_tail(offset(causal() & window(size), q=q), 4, start=start)
+        return inlined(per_sequence(mask, 2, torch.device("cpu")))
+
+    assert kind(9, 5, 7) == kind(9, torch.tensor(6), 8) == kind(9, 7, torch.tensor([1, 2], dtype=torch.int32))
+    assert kind(9, 5, 7) != kind(10, 5, 7)
+    mine, yours = (from_mask_mod(lambda b, h, q, kv, n=n: q % n == 0) for n in (2, 3))
+    assert inlined(mine) != inlined(yours)
 
 
 def test_window_counts_the_own_key_and_sinks_stay_visible():

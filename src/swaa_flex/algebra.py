@@ -27,6 +27,7 @@ class Mask:
 
     _precedence: ClassVar[int] = 3
     _looks_at_heads: ClassVar[bool] = False
+    _per_sequence: ClassVar[tuple[str, ...]] = ()  # fields that may also be tensors with one entry per sequence
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """Whether query row `q_idx` of batch entry `b` and query head `h` sees key `kv_idx`.
@@ -240,9 +241,24 @@ def with_tensors_in_memory(mask: Mask) -> Mask:
     return changed
 
 
-def has_scalar_tensor(mask: Mask) -> bool:
-    """Whether the mask holds a 0-d tensor, such as an offset that changes in place."""
-    return "tensor0" in str(mask.structure)
+def per_sequence(mask: Mask, batch: int, device: torch.device) -> Mask:
+    """The same mask with what may vary between calls as tensors `[batch]`; to be evaluated only.
+
+    FLASH inlines integers, so that each value would be compiled, and cannot read 0-d tensors (torch 2.11).
+    """
+    changes: dict[str, Any] = {}
+    for field in fields(mask):  # type: ignore[arg-type]
+        value = getattr(mask, field.name)
+        if field.name in mask._per_sequence and not (isinstance(value, Tensor) and value.dim() > 0):
+            if isinstance(value, Tensor):
+                changes[field.name] = value.to(torch.int32).expand(batch).contiguous()
+            elif value != 0:
+                changes[field.name] = torch.full((batch,), value, dtype=torch.int32, device=device)
+        elif isinstance(value, Mask):
+            changes[field.name] = per_sequence(value, batch, device)
+        elif isinstance(value, tuple) and any(isinstance(part, Mask) for part in value):
+            changes[field.name] = tuple(per_sequence(part, batch, device) for part in value)
+    return replace(mask, **changes) if changes else mask  # type: ignore[type-var]
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -299,6 +315,15 @@ def _structure(value: Any) -> Any:
     if isinstance(value, Tensor):
         return (f"tensor{value.dim()}", value.dtype, value.numel() == 1)
     return type(value) if isinstance(value, int) else getattr(value, "__code__", value)
+
+
+def inlined(value: Any) -> Any:
+    """What FLASH compiles into its kernel for a mask: the structure, integers and functions, not what tensors hold."""
+    if isinstance(value, Mask):
+        return (type(value).__name__, *(inlined(part) for part in value._values()))
+    if isinstance(value, tuple):
+        return tuple(inlined(part) for part in value)
+    return _structure(value) if isinstance(value, Tensor) else value
 
 
 def _stable(value: Any) -> Any:

@@ -116,5 +116,11 @@ def _flash_missing(device_index: int | None) -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_hopper(device_index: int | None) -> bool:
+    """Whether the CUDA device has compute capability 9; a constant for torch.compile."""
+    return torch.cuda.get_device_capability(device_index)[0] == 9
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

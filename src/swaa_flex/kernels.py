@@ -23,7 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from . import backends, chunked
-from .algebra import Mask
+from .algebra import Mask, inlined
 from .block_mask import BLOCK_SIZE, check_sizes
 from .errors import BackendUnavailableError, MaskError
 from .plan import FEW_ROWS, AttentionPlan, Segment, plan
@@ -196,7 +196,7 @@ def _call(
     if torch.compiler.is_compiling():
         return _flex_call(query, key, value, block_mask, scale, softcap, needs_lse, options)
     kind = (
-        _mask_kind(segment.mask, backend),
+        inlined(segment.mask) if backend == "flash" else segment.mask.structure,
         backend,
         query.device,
         query.dtype,
@@ -274,11 +274,6 @@ def _compiled(kind: tuple[Any, ...]) -> Callable[..., tuple[Tensor, Tensor | Non
 _numbers = itertools.count()
 
 
-def _mask_kind(mask: Mask, backend: str) -> Any:
-    # FLASH inlines Python integers and refuses symbolic ones: one function per value there.
-    return (mask.structure, mask) if backend == "flash" else mask.structure
-
-
 def _kernel_options(query: Tensor, key: Tensor, segment: Segment, is_slice: bool) -> dict[str, Any] | None:
     if segment.backend == "cpp":
         return None
@@ -297,7 +292,7 @@ def _kernel_options(query: Tensor, key: Tensor, segment: Segment, is_slice: bool
 def _prefill_options(query: Tensor, key: Tensor) -> dict[str, Any]:
     """What is fastest by measurement (benchmarks/kernel_options.py; sm90), the defaults of FlexAttention elsewhere."""
     options: dict[str, Any] = {"BACKEND": "TRITON"}
-    if query.dtype.itemsize == 2 and 64 < query.shape[3] <= 128 and _is_hopper(query.device.index):
+    if query.dtype.itemsize == 2 and 64 < query.shape[3] <= 128 and backends.is_hopper(query.device.index):
         # Two programs per processor hide each other's softmax; loads by TMA leave registers for that, and reach
         # beyond 2^31 elements, where plain ones overflow.
         options |= {"fwd_USE_TMA": True, "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}
@@ -336,11 +331,6 @@ def _can_decode(query: Tensor, key: Tensor, segment: Segment, is_slice: bool) ->
     assert block_mask is not None
     fits = query.shape[2] * group <= 64 and group & (group - 1) == 0
     return fits and not is_slice and block_mask.full_kv_num_blocks is None and block_mask.kv_indices.shape[1] == 1
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_hopper(device_index: int | None) -> bool:
-    return torch.cuda.get_device_capability(device_index)[0] == 9
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

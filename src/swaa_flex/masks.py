@@ -176,11 +176,6 @@ def offset(mask: Mask, q: int | Tensor = 0, kv: int | Tensor = 0) -> Mask:
     return _Offset(mask, q, kv)
 
 
-def per_sequence_offset(mask: Mask, q: int | Tensor) -> Mask:
-    """`offset` whose tensor has one entry per sequence `[batch]`; only to be evaluated, it states no bounds."""
-    return _Offset(mask, q, 0) if isinstance(q, Tensor) else offset(mask, q=q)
-
-
 def kv_positions(mask: Mask, positions: Tensor) -> Mask:
     """`mask` for keys stored in slots: slot s holds the key of position `positions[s]`, or none if that is -1.
 
@@ -322,6 +317,7 @@ class _Sinks(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _RowsFrom(Mask):
+    _per_sequence = ("start",)
     start: int | Tensor
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -404,13 +400,14 @@ class _Function(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Offset(Mask):
+    _per_sequence = ("q", "kv")
     mask: Mask
     q: int | Tensor
     kv: int | Tensor
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        q = self.q
-        return self.mask(b, h, q_idx + (q[b] if isinstance(q, Tensor) and q.dim() == 1 else q), kv_idx + self.kv)
+        q, kv = (v[b] if isinstance(v, Tensor) and v.dim() == 1 else v for v in (self.q, self.kv))
+        return self.mask(b, h, q_idx + q, kv_idx + kv)
 
     def bounds(self, rows: Rows) -> Bounds:
         kv = symbolic(self.kv)

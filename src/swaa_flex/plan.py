@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import backends, chunked
-from .algebra import Mask, has_scalar_tensor, with_tensors, with_tensors_in_memory
+from .algebra import Mask, per_sequence, with_tensors, with_tensors_in_memory
 from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
 from .intervals import Bounds
-from .masks import causal, offset, per_sequence_offset
+from .masks import causal, offset
 
 FEW_ROWS = 256
 """So many rows that differ from the rest are cheaper computed twice than left out of the kernel call of the rest."""
@@ -68,7 +68,7 @@ def plan(
 
     Where a few rows see much more than the others and are known from Python integers (`rows_from(int)`), those rows
     are kernel calls of their own, so that they do not widen the lists of all rows. In a plan for flash, stretches of
-    fewer than 128 rows, and masks with 0-d tensors, run on triton.
+    fewer than 128 rows run on triton, and without `batch` all of it if `q_offset` is a tensor.
 
     Args:
         mask: the mask; query row i is evaluated at i + `q_offset`, key j at j.
@@ -177,24 +177,18 @@ def _flex_segment(
     is_causal_end = False
     if not isinstance(shift, Tensor) and not torch.compiler.is_compiling():
         is_causal_end = mask == causal() and shift + q_len == kv_len
-    shifted = isinstance(shift, Tensor) or shift != 0
-    if backend == "flash" and (q_len < BLOCK_SIZE or has_scalar_tensor(mask) or (shifted and batch is None)):
-        # FLASH has no split over keys, which few rows need, and reads captured tensors only at computed indices.
-        backend = "triton"
-    if backend == "flash" and shifted:
-        # FLASH inlines captured integers, so an offset that varies between calls is a tensor, one entry per sequence.
-        assert batch is not None
-        if not isinstance(shift, Tensor):
-            shift = torch.full((), shift, dtype=torch.int32, device=device)
-        shift = shift.to(torch.int32).expand(batch).contiguous()
-    elif backend == "triton" and shifted and not isinstance(shift, Tensor) and torch.compiler.is_compiling():
+    if backend == "flash" and (q_len < BLOCK_SIZE or (batch is None and isinstance(shift, Tensor))):
+        backend = "triton"  # FLASH has no split over keys, which few rows need, and wants offsets per sequence
+    if torch.compiler.is_compiling() and backend == "triton" and not isinstance(shift, Tensor) and shift != 0:
         shift = _row_tensor(shift, device)  # may be symbolic: see `plan`
-    local = offset(mask, q=shift) if backend != "flash" else per_sequence_offset(mask, shift)
+    local = offset(mask, q=shift)
+    if backend == "flash" and batch is not None:
+        local = per_sequence(local, batch, device)
     if backend == "cpp" and torch.compiler.is_compiling():
         local = with_tensors_in_memory(local)
     # FLASH has a faster kernel for small heads, with tiles of 192 rows (sm90; benchmarks/kernel_options.py).
     small = backend == "flash" and head_dim is not None and head_dim <= 64 and not needs_grad
-    q_block = 192 if small and torch.cuda.get_device_capability(device)[0] == 9 else BLOCK_SIZE
+    q_block = 192 if small and backends.is_hopper(device.index) else BLOCK_SIZE
     block_mask = layout(
         local,
         _bounds(first, stop, mask, q_offset, kv_len, q_block, device),

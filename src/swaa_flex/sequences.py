@@ -161,6 +161,7 @@ class Padded(Mask):
 class SinksAndTail(Mask):
     """See `masks.sinks_and_tail`."""
 
+    _per_sequence = ("start", "first")
     mask: Mask
     sink_slots: int
     start: int | Tensor
