@@ -241,6 +241,11 @@ def with_tensors_in_memory(mask: Mask) -> Mask:
     return changed
 
 
+def has_scalar_tensor(mask: Mask) -> bool:
+    """Whether the mask holds a 0-d tensor, such as an offset that changes in place."""
+    return "tensor0" in str(mask.structure)
+
+
 def per_sequence(mask: Mask, batch: int, device: torch.device) -> Mask:
     """The same mask with what may vary between calls as tensors `[batch]`; to be evaluated only.
 

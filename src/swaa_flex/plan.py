@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import backends, chunked
-from .algebra import Mask, per_sequence, with_tensors, with_tensors_in_memory
+from .algebra import Mask, has_scalar_tensor, per_sequence, with_tensors, with_tensors_in_memory
 from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
 from .intervals import Bounds
 from .masks import causal, offset
@@ -68,7 +68,7 @@ def plan(
 
     Where a few rows see much more than the others and are known from Python integers (`rows_from(int)`), those rows
     are kernel calls of their own, so that they do not widen the lists of all rows. In a plan for flash, stretches of
-    fewer than 128 rows run on triton, and without `batch` all of it if `q_offset` is a tensor.
+    fewer than 128 rows run on triton, and so do masks with 0-d tensors if `batch` is not given.
 
     Args:
         mask: the mask; query row i is evaluated at i + `q_offset`, key j at j.
@@ -177,8 +177,8 @@ def _flex_segment(
     is_causal_end = False
     if not isinstance(shift, Tensor) and not torch.compiler.is_compiling():
         is_causal_end = mask == causal() and shift + q_len == kv_len
-    if backend == "flash" and (q_len < BLOCK_SIZE or (batch is None and isinstance(shift, Tensor))):
-        backend = "triton"  # FLASH has no split over keys, which few rows need, and wants offsets per sequence
+    if backend == "flash" and (q_len < BLOCK_SIZE or (batch is None and has_scalar_tensor(offset(mask, q=shift)))):
+        backend = "triton"  # FLASH has no split over keys, which few rows need, and takes offsets per sequence only
     if torch.compiler.is_compiling() and backend == "triton" and not isinstance(shift, Tensor) and shift != 0:
         shift = _row_tensor(shift, device)  # may be symbolic: see `plan`
     local = offset(mask, q=shift)
