@@ -1,5 +1,7 @@
 """The CUDA backends against the float64 oracle and the chunked backend. Run with `pytest -m gpu`."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import dense_attention, visible_pairs
@@ -358,6 +360,27 @@ def test_compiled_model_never_compiles_again_and_equals_eager(family, config):
     for inputs, ours in [(asked[0], answers[0]), (asked[7], answers[7]), (asked[-1], answers[-1])]:
         eager = model.generate(**inputs, max_new_tokens=ours.shape[1], past_key_values=SWAACache(model.config))
         assert torch.equal(ours, eager[:, inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("config", CACHE_RECIPES, ids=repr)
+def test_compiled_prefill_in_half_precision(backend, config):
+    """In the kernels of large heads, over several chunks, with the masks built in the graph."""
+    model = tiny("llama", head_dim=128).to("cuda", torch.bfloat16)
+    swaa_flex.adapt(model, dataclasses.replace(config, backend=backend))
+    compiled = swaa_flex.compile(model, max_length=1300, batch_size=2, prefill_chunk=1024)
+    inputs = padded(1280, 13)
+    with torch.no_grad():
+        eager = model(**inputs, logits_to_keep=1).logits[:, -1]
+        ours = compiled.prefill(**inputs)
+        torch.testing.assert_close(ours, eager, atol=2e-2, rtol=2e-2)
+        tokens = eager.argmax(-1)
+        cache = SWAACache(model.config)
+        model(**inputs, past_key_values=cache)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        at = mask.sum(-1, keepdim=True) - 1
+        step = model(tokens[:, None], attention_mask=mask, position_ids=at, past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(compiled.decode_step(tokens), step, atol=2e-2, rtol=2e-2)
 
 
 def test_a_decode_step_does_not_synchronise():
