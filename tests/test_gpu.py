@@ -376,7 +376,8 @@ def test_compiled_prefill_in_half_precision(backend, config):
         torch.testing.assert_close(ours, eager, atol=2e-2, rtol=2e-2)
         tokens = eager.argmax(-1)
         cache = SWAACache(model.config)
-        model(**inputs, past_key_values=cache)
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        model(**inputs, position_ids=positions, past_key_values=cache)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         at = mask.sum(-1, keepdim=True) - 1
         step = model(tokens[:, None], attention_mask=mask, position_ids=at, past_key_values=cache).logits[:, -1]
