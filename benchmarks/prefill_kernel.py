@@ -137,7 +137,8 @@ class Job:
 
     @property
     def cases(self) -> list[Case]:
-        return [c for c in self.config.cases if (c.shape, c.backward) == (self.shape, self.backward)]
+        own = [c for c in self.config.cases if (c.shape, c.backward) == (self.shape, self.backward)]
+        return sorted(own, key=lambda case: (case.sliding_window or 0, case.length))
 
     def prepare(self) -> Callable[[], Iterator[Result]]:
         ready: dict[Case, Callable[[], Tensor]] = {}
@@ -158,7 +159,7 @@ class Job:
     def measure(self, ready: dict[Case, Callable[[], Tensor]]) -> Iterator[Result]:
         method, cuda = METHODS[self.method], runner.device() == "cuda"
         last, took = None, 0.0
-        for case in sorted(self.cases, key=lambda case: (case.sliding_window or 0, case.length)):
+        for case in self.cases:
             if last and took * (case.length / last.length) ** (2 if method.full else 1) > 3000:
                 yield self.result(case, note="not run: seconds")
                 continue

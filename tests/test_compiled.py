@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_models import batch, tiny, under_reference
 from transformers import CompileConfig
 
 import swaa_flex
 from swaa_flex import ConfigError, DoesNotFitError, SWAACache, SWAAConfig
+from swaa_flex.hf import fused_linear
 
 RECIPES = [
     SWAAConfig(16, 3, (), full_attention_decode=False, dense_tail=5),
@@ -87,6 +89,59 @@ def test_projections_of_one_input_are_one_product_in_a_compiled_model(nothing_co
     saved = type(model).from_pretrained(tmp_path).state_dict()
     assert saved.keys() == before.keys()
     assert all(torch.equal(saved[name], value) for name, value in before.items())
+
+
+def test_compiling_again_leaves_the_first_compiled_model_as_it_was(nothing_compiled):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = make("llama", RECIPES[0], num_hidden_layers=1)
+    ids = torch.randint(3, 99, (1, 60))
+    first = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend=count)
+    expected = first.generate(ids, max_new_tokens=8)
+    held = [parameter.data_ptr() for parameter in model.parameters()]
+    assert torch.equal(
+        swaa_flex.compile(model, max_length=200, prefill_chunk=128, backend="eager").generate(ids, max_new_tokens=8),
+        expected,
+    )
+    assert [parameter.data_ptr() for parameter in model.parameters()] == held
+    assert torch.equal(first.generate(ids, max_new_tokens=8), expected)
+    assert len(graphs) == 2
+
+
+def test_weights_that_were_replaced_are_noticed(nothing_compiled):
+    model = make("llama", RECIPES[0], num_hidden_layers=1)
+    ids = torch.randint(3, 99, (1, 60))
+    old = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend="eager")
+    old.prefill(ids)
+    replaced = {name: value + 0.1 for name, value in model.state_dict().items()}
+    model.load_state_dict(replaced, assign=True)
+    for call in (old.prefill, old.generate):
+        with pytest.raises(ConfigError, match=r"weights were replaced.*swaa_flex.compile again"):
+            call(ids)
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: None)
+    again = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend="eager")
+    torch.testing.assert_close(again.prefill(ids), model(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_projections_may_be_called_in_any_order(nothing_compiled):
+    module = torch.nn.Module()
+    module.gate_proj, module.up_proj = torch.nn.Linear(4, 6), torch.nn.Linear(4, 6)
+    x = torch.randn(2, 4)
+    fused_linear.fuse_projections(module)
+    group = fused_linear._group_of(module.up_proj)
+    expected = [F.linear(x, linear.weight, linear.bias) for linear in (module.gate_proj, module.up_proj)]
+    with torch.no_grad():
+        fused_linear.in_compiled_model[0] = True
+        try:
+            up, gate = module.up_proj(x), module.gate_proj(x)
+        finally:
+            fused_linear.in_compiled_model[0] = False
+    torch.testing.assert_close([gate, up], expected)
+    assert group.shared == []
 
 
 def test_fused_projections_train_and_follow_their_weights(nothing_compiled):

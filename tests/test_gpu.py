@@ -187,7 +187,7 @@ def test_decoding_over_a_long_cache(kv_heads, q_len, dtype):
     heads_ = {1: 8, 2: 8, 3: 9}[kv_heads]  # groups of 8, 4 and 3: the last is no power of two
     inputs = tensors(q_len, 3000, dtype, heads_, kv_heads)
     for mask in (causal(), causal() & (window(500) | sinks(5))):
-        for q_offset in (2990 - q_len, torch.tensor(1234, device="cuda")):
+        for q_offset in (3000 - q_len, 2990 - q_len, torch.tensor(1234, device="cuda")):
             plan = swaa_flex.plan(mask, q_len, 3000, device="cuda", q_offset=q_offset)
             assert plan.backend == "triton"
             with torch.no_grad():
@@ -268,6 +268,17 @@ def test_lengths_and_offsets_do_not_pile_up_compilations(backend):
     for length, ahead in ((260, 0), (641, 7), (777, 900), (1025, 0), (1500, 333)):
         run(length, ahead)
     assert counters["stats"]["unique_graphs"] == compiled
+
+
+@flash
+def test_a_flash_plan_is_for_one_batch_and_head_dim():
+    plan = swaa_flex.plan(causal(), 300, 300, batch=1, device="cuda", backend="flash", head_dim=64)
+    for inputs in (
+        tensors(300, 300, torch.bfloat16),
+        [x[:1] for x in tensors(300, 300, torch.bfloat16, head_dim=128)],
+    ):
+        with pytest.raises(swaa_flex.MaskError, match=r"is for batch and head_dim \(1, 64\)"):
+            attention(*inputs, plan)
 
 
 @flash

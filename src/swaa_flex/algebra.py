@@ -241,9 +241,13 @@ def with_tensors_in_memory(mask: Mask) -> Mask:
     return changed
 
 
-def has_scalar_tensor(mask: Mask) -> bool:
-    """Whether the mask holds a 0-d tensor, such as an offset that changes in place."""
-    return "tensor0" in str(mask.structure)
+def has_scalar_tensor(value: Any) -> bool:
+    """Whether a mask holds a 0-d tensor, such as an offset that changes in place."""
+    if isinstance(value, Mask):
+        return any(has_scalar_tensor(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
+    if isinstance(value, tuple):
+        return any(has_scalar_tensor(part) for part in value)
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def per_sequence(mask: Mask, batch: int, device: torch.device) -> Mask:

@@ -119,7 +119,7 @@ def _flash_missing(device_index: int | None) -> str:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_hopper(device_index: int | None) -> bool:
     """Whether the CUDA device has compute capability 9; a constant for torch.compile."""
-    return torch.cuda.get_device_capability(device_index)[0] == 9
+    return torch.version.hip is None and torch.cuda.get_device_capability(device_index)[0] == 9
 
 
 def _name(dtype: torch.dtype) -> str:

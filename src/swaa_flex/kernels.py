@@ -181,14 +181,14 @@ def _call(
     softcap: float | None,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    plain = segment.is_causal_end and not needs_lse and softcap is None
-    if plain and _sdpa_is_faster(query, key, value, segment, is_slice):
-        return _sdpa(query, key, value, scale), None
     heads, group = query.shape[1], query.shape[1] // key.shape[1]
     query = _padded_groups(query, key, segment, is_slice)
     if query.shape[1] != heads:
         out, lse = _call(query, key, value, segment, is_slice, scale, softcap, needs_lse)
         return _unpadded_groups(out, key, group), None if lse is None else _unpadded_groups(lse, key, group)
+    plain = segment.is_causal_end and not needs_lse and softcap is None
+    if plain and _sdpa_is_faster(query, key, value, segment, is_slice):
+        return _sdpa(query, key, value, scale), None
     backend = segment.backend
     options = _kernel_options(query, key, segment, is_slice)
     block_mask = segment.block_mask
@@ -211,8 +211,8 @@ def _call(
 def _sdpa_is_faster(query: Tensor, key: Tensor, value: Tensor, segment: Segment, is_slice: bool) -> bool:
     """Whether PyTorch's own kernels win at full causal rows (benchmarks/kernel_options.py).
 
-    Whole prompts: cuDNN is ahead of the Triton kernel, not of FLASH. A few last rows: FlashAttention-2 splits the keys
-    among the processors, as the decode kernel does for even fewer.
+    Whole prompts: cuDNN is ahead of the Triton kernel, not of FLASH. A few last rows (64 were measured):
+    FlashAttention-2 splits the keys among the processors, as the decode kernel does for even fewer.
     """
     if not query.is_cuda or query.dtype.itemsize != 2 or query.shape[3] != value.shape[3] or query.shape[3] > 256:
         return False
@@ -365,6 +365,13 @@ def _checked_plan(ready: AttentionPlan, query: Tensor, key: Tensor, needs_grad: 
         raise MaskError(
             f"the plan is for q_len={ready.q_len}, kv_len={ready.kv_len} and the tensors have {lengths[0]} and "
             f"{lengths[1]}; make a plan for these lengths"
+        )
+    given = (query.shape[0], query.shape[3])
+    if ready.backend == "flash" and any(
+        own not in (None, new) for own, new in zip(ready.made_for, given, strict=True)
+    ):
+        raise MaskError(
+            f"the plan is for batch and head_dim {ready.made_for} and the query has {given}; make a plan for these"
         )
     if needs_grad and not ready.needs_grad and ready.backend != "chunked":
         raise MaskError("the plan was made without gradients; make it with plan(..., needs_grad=True)")

@@ -16,7 +16,8 @@ from .intervals import Bounds
 from .masks import causal, offset
 
 FEW_ROWS = 256
-"""So many rows that differ from the rest are cheaper computed twice than left out of the kernel call of the rest."""
+"""Up to so many rows that differ from the rest are computed twice, rather than left out of the rest's kernel call. As
+many take a kernel that splits the keys (kernels.py)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,7 @@ class AttentionPlan:
     kv_len: int
     segments: tuple[Segment, ...]
     needs_grad: bool
+    made_for: tuple[int | None, int | None] = (None, None)  # batch and head_dim, which count for flash
 
     def __repr__(self) -> str:
         rows = ", ".join(f"rows {s.first}-{s.stop - 1}: {s.mask!r}" for s in self.segments)
@@ -115,7 +117,7 @@ def plan(
         _flex_segment(*part, q_offset, kv_len, batch, device, backend, needs_grad, head_dim)
         for part in _covered(parts, q_len)
     )
-    return AttentionPlan(local, backend, q_len, kv_len, segments, needs_grad)
+    return AttentionPlan(local, backend, q_len, kv_len, segments, needs_grad, (batch, head_dim))
 
 
 Part = tuple[int, int, Mask]

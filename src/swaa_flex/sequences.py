@@ -131,6 +131,7 @@ class Packed(Mask):
 class Padded(Mask):
     """See `masks.left_padded`."""
 
+    _per_sequence = ("first", "stop")
     mask: Mask
     source: Tensor
     first: Tensor = field(compare=False)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, DoesNotFitError
 from .cache import SWAACache
-from .fused_linear import as_one, fuse_projections
+from .fused_linear import check_projections, fuse_projections, in_compiled_model
 
 BLOCK = 128
 FIRST_CHUNK_SHARE = 8  # the small size of the first chunk is this part of a whole one
@@ -38,8 +38,7 @@ def compile(
         max_length: the most tokens of a request, prompt and answer together.
         batch_size: sequences that are decoded together; a request may have fewer.
         prefill_chunk: tokens of a prompt that are computed at once; a multiple of 128.
-        options: of `torch.compile` for the decode step, such as `{"coordinate_descent_tuning": True}` (slower to
-            compile, faster at batch size 1).
+        options: of `torch.compile` for the decode step.
         backend: of `torch.compile`; None: "inductor" on a GPU, no compilation on a CPU, where it takes minutes.
 
     Returns:
@@ -47,6 +46,9 @@ def compile(
 
     Raises:
         ConfigError: if an argument makes no sense, or the model does not run swaa_flex.
+
+    Weights may change in place afterwards. If they are replaced (`model.to`, `load_state_dict(assign=True)`), requests
+    are refused: compile again.
     """
     return CompiledModel(model, max_length, batch_size, prefill_chunk, options, backend)
 
@@ -137,6 +139,7 @@ class CompiledModel:
             ConfigError: if the request has more sequences or tokens than the model was compiled for.
         """
         prompts = self._checked(input_ids, attention_mask)
+        check_projections(self.model)
         self.warmup()
         return self._prefill(prompts)
 
@@ -195,6 +198,7 @@ class CompiledModel:
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens!r}: expected at least 1")
         prompts = self._checked(input_ids, attention_mask, max_new_tokens)
+        check_projections(self.model)
         defaults = self.model.generation_config
         eos_token_id = defaults.eos_token_id if eos_token_id is None else eos_token_id
         ends = torch.tensor([] if eos_token_id is None else eos_token_id, device=self.device).reshape(-1).long()
@@ -338,35 +342,32 @@ def _compiled(
         return function
     # A code object of its own: torch.compile counts per code object what it has compiled.
     own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    whole = torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
-
-    def call(*arguments: Any) -> Tensor:
-        with as_one():
-            return whole(*arguments)  # type: ignore[no-any-return]
-
-    return call
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
 def _prefill_chunk(compiled: CompiledModel, ids: Tensor) -> Tensor:
     seen = compiled.cache.get_seq_length()
     columns = torch.arange(ids.shape[1], device=ids.device) + seen
-    out = compiled.model(
+    return _last_logits(
+        compiled,
         input_ids=ids,
         position_ids=(columns - compiled.first[:, None]).clamp(min=0),
-        past_key_values=compiled.cache,
         prompt_lengths=compiled.lengths,
         logits_to_keep=1,
     )
-    return out.logits[:, -1]  # type: ignore[no-any-return]
 
 
 def _decode(compiled: CompiledModel) -> Tensor:
     seen = compiled.cache.get_seq_length()
-    out = compiled.model(
-        input_ids=compiled.tokens,
-        position_ids=(seen - compiled.first)[:, None],
-        past_key_values=compiled.cache,
-    )
+    return _last_logits(compiled, input_ids=compiled.tokens, position_ids=(seen - compiled.first)[:, None])
+
+
+def _last_logits(compiled: CompiledModel, **inputs: Any) -> Tensor:
+    in_compiled_model[0] = True
+    try:
+        out = compiled.model(past_key_values=compiled.cache, **inputs)
+    finally:
+        in_compiled_model[0] = False
     return out.logits[:, -1]  # type: ignore[no-any-return]
 
 

@@ -1,75 +1,112 @@
 """Projections of one input as one matrix product, in compiled models.
 
 The product of one token and a small matrix is far from the bandwidth of a GPU, above all for keys and values with
-grouped queries. The first projection of a group computes the product with the weights of the whole group, and the
-others take their parts of it. Nothing else changes: the parameters become views of the group's weights, and outside of
-compiled models each projection computes its own.
+grouped queries. The first projection of a group to be called computes the product with the weights of the whole group,
+and the others take their parts of it. Nothing else changes: the parameters become views of the group's weights, and
+outside of compiled models each projection computes its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of children that most model families of transformers apply to the same input."""
 
-_in_compiled_model = [False]  # a list: torch.compile guards on its contents
+in_compiled_model = [False]
+"""Set while a compiled model runs or is traced: only then are groups computed as one."""
 
 
-class _Group(NamedTuple):
+@dataclass(eq=False)
+class _Group:
     weight: Tensor  # [sum of out_features, in_features]
     bias: Tensor | None
-    shared: list[Tensor]  # input and product, from the first projection until the last has taken its part
+    size: int  # projections
+    shared: list[Any] = field(default_factory=list)  # input, product, and how many have taken their part of it
 
 
 def fuse_projections(model: nn.Module) -> None:
-    """Lays the weights of each group side by side in memory, in place, for `as_one`."""
+    """Lays the weights of each group side by side in memory, in place; those that lie so already stay there."""
+    for projections in _groups(model):
+        if _is_intact(projections):
+            continue
+        for linear in projections:
+            if linear is not None and _group_of(linear):
+                del linear.forward
+        kinds = {_kind(linear) for linear in projections}
+        if len(kinds) == 1 and None not in kinds:
+            _fuse(projections)  # type: ignore[arg-type]
+
+
+def check_projections(model: nn.Module) -> None:
+    """Refuses a model whose weights have been replaced, rather than changed in place, since they were fused."""
+    for projections in _groups(model):
+        fused = any(linear is not None and _group_of(linear) for linear in projections)
+        if fused and not _is_intact(projections):
+            raise ConfigError(
+                "the model's weights were replaced (moved, converted, or assigned) after it was compiled; "
+                "call swaa_flex.compile again"
+            )
+
+
+def _groups(model: nn.Module) -> Iterator[list[nn.Module | None]]:
     for module in model.modules():
         for names in GROUPS:
             projections = [getattr(module, name, None) for name in names]
-            if _fits_together(projections):
-                _fuse(projections)  # type: ignore[arg-type]
+            if isinstance(projections[0], nn.Module):
+                yield projections
 
 
-@contextlib.contextmanager
-def as_one() -> Iterator[None]:
-    """Within, the groups of models that `fuse_projections` prepared are computed as one."""
-    _in_compiled_model[0] = True
-    try:
-        yield
-    finally:
-        _in_compiled_model[0] = False
+def _group_of(linear: nn.Module) -> _Group | None:
+    own = vars(linear).get("forward")
+    return own.args[1] if isinstance(own, functools.partial) and own.func is _forward else None
 
 
-def _fits_together(projections: Sequence[nn.Module | None]) -> bool:
-    kinds = {_kind(projection) for projection in projections}
-    return len(kinds) == 1 and None not in kinds
+def _is_intact(projections: Sequence[nn.Module | None]) -> bool:
+    """Whether the parameters are the views of their group's weights that `_fuse` made."""
+    groups = {id(group): group for linear in projections if linear is not None and (group := _group_of(linear))}
+    if len(groups) != 1:
+        return False
+    (group,) = groups.values()
+    first = 0
+    for linear in projections:
+        if not isinstance(linear, nn.Linear) or _group_of(linear) is not group or _is_hooked(linear):
+            return False
+        if linear.weight.data_ptr() != group.weight[first:].data_ptr():
+            return False
+        if group.bias is not None and linear.bias.data_ptr() != group.bias[first:].data_ptr():
+            return False
+        first += linear.out_features
+    return True
 
 
 def _kind(linear: nn.Module | None) -> tuple[object, ...] | None:
     """What must be equal to be computed together; None for quantised, sharded, hooked or wrapped layers."""
     if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor:
         return None
-    own_forward = vars(linear).get("forward")
-    if own_forward is not None and getattr(own_forward, "func", None) is not _forward:
-        return None
-    if linear._forward_hooks or linear._forward_pre_hooks:
+    if "forward" in vars(linear) or _is_hooked(linear):
         return None
     return linear.in_features, linear.weight.dtype, linear.weight.device, linear.bias is None
+
+
+def _is_hooked(linear: nn.Module) -> bool:
+    return bool(linear._forward_hooks or linear._forward_pre_hooks)
 
 
 @torch.no_grad()
 def _fuse(projections: Sequence[nn.Linear]) -> None:
     weight = torch.cat([linear.weight.data for linear in projections])
     biases = [linear.bias.data for linear in projections if linear.bias is not None]
-    group = _Group(weight, torch.cat(biases) if biases else None, [])
+    group = _Group(weight, torch.cat(biases) if biases else None, len(projections))
     first = 0
     for linear in projections:
         stop = first + linear.out_features
@@ -81,13 +118,13 @@ def _fuse(projections: Sequence[nn.Linear]) -> None:
 
 
 def _forward(linear: nn.Linear, group: _Group, first: int, stop: int, x: Tensor) -> Tensor:
-    if not _in_compiled_model[0] or torch.is_grad_enabled():
+    if not in_compiled_model[0] or torch.is_grad_enabled():
         return F.linear(x, linear.weight, linear.bias)
-    if first == 0:
-        group.shared[:] = [x, F.linear(x, group.weight, group.bias)]
-    if len(group.shared) == 0 or group.shared[0] is not x:
-        return F.linear(x, linear.weight, linear.bias)
-    part = group.shared[1][..., first:stop]
-    if stop == group.weight.shape[0]:
-        group.shared.clear()
+    shared = group.shared
+    if len(shared) == 0 or shared[0] is not x:
+        shared[:] = [x, F.linear(x, group.weight, group.bias), 0]
+    part: Tensor = shared[1][..., first:stop]
+    shared[2] += 1
+    if shared[2] == group.size:
+        shared.clear()
     return part
