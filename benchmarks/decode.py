@@ -263,7 +263,7 @@ def timed(step: Callable[[], Any], config: Config) -> float:
 
 def floor_ms(config: Config, recipe: str, context: int) -> float:
     """Weights, and keys and values that a new token sees, at the bandwidth."""
-    return (weight_bytes(config) + cache_bytes(config, recipe, context)) / config.bandwidth / 1e6
+    return (weight_bytes(config) + cache_bytes(config, RECIPES[recipe], context)) / config.bandwidth / 1e6
 
 
 def weight_bytes(config: Config) -> int:
@@ -273,8 +273,8 @@ def weight_bytes(config: Config) -> int:
     return sum(p.numel() for p in model.parameters()) * itemsize()
 
 
-def cache_bytes(config: Config, recipe: str, context: int) -> int:
-    swaa = RECIPES[recipe]
+def cache_bytes(config: Config, swaa: SWAAConfig, context: int) -> int:
+    """Of the keys and values that a new token sees."""
     tokens = 0
     for kind in swaa.resolve(config.shape["num_hidden_layers"]):
         near = context if swaa.sliding_window is None else min(context, swaa.sliding_window + swaa.sink_tokens)
@@ -285,7 +285,7 @@ def cache_bytes(config: Config, recipe: str, context: int) -> int:
 
 def held_gib(config: Config, recipe: str, context: int) -> float:
     """Device memory of one process: weights, cache, and what CUDA and a step take."""
-    return (weight_bytes(config) + cache_bytes(config, recipe, context)) / GIB + 3
+    return (weight_bytes(config) + cache_bytes(config, RECIPES[recipe], context)) / GIB + 3
 
 
 def fits(config: Config, recipe: str, context: int) -> bool:

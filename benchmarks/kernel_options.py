@@ -17,10 +17,10 @@ from typing import Any
 import runner
 import torch
 import torch.nn.functional as F
-from prefill_kernel import Case, Method, inputs, largest_error, mask_of
+from prefill_kernel import Case, Method, fa4, inputs, largest_error, mask_of, ours, sdpa, stock_flex
 from rich.table import Table
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -158,7 +158,7 @@ def variants(quick: bool) -> list[list[Variant]]:
 
 
 def tail(case: Case) -> list[Variant]:
-    names = ("tail_triton", "tail_folded_16", "tail_folded_8", "tail_sdpa", "tail_fa4", "tail_fa4_split")
+    names = ("tail_triton", "tail_folded_16", "tail_folded_8", "tail_sdpa", "tail_fa4")
     return [Variant(name.replace("_", " "), case, name) for name in names]
 
 
@@ -298,54 +298,9 @@ def flex_call(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Ca
     return functools.partial(compiled, block_mask=block_mask, enable_gqa=True, kernel_options=options)
 
 
-def ours(backend: str) -> Callable[..., Callable[..., Tensor]]:
-    def make(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
-        ready = swaa_flex.plan(
-            mask_of(variant.case),
-            query.shape[2],
-            key.shape[2],
-            batch=1,
-            heads=query.shape[1],
-            device=query.device,
-            backend=backend,
-        )
-        return lambda q, k, v: swaa_flex.attention(q, k, v, ready)
-
-    return make
-
-
-def stock(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
-    make = torch.compile(create_block_mask)
-    block_mask = make(MASKS["distance"], None, None, query.shape[2], key.shape[2], device=query.device)
-    compiled = torch.compile(runner.own(flex_attention), fullgraph=True, dynamic=False)
-    return functools.partial(compiled, block_mask=block_mask, enable_gqa=True)
-
-
-def sdpa(backend: SDPBackend) -> Callable[..., Callable[..., Tensor]]:
-    def make(variant: Variant, *tensors: Tensor) -> Callable[..., Tensor]:
-        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-        return call
-
-    return make
-
-
-def fa4(**more: Any) -> Callable[..., Callable[..., Tensor]]:
-    def make(variant: Variant, *tensors: Tensor) -> Callable[..., Tensor]:
-        from flash_attn.cute.interface import flash_attn_func
-
-        near = {"window_size": (W - 1, 0)} if variant.case.sliding_window else {}
-
-        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            turned = (x.transpose(1, 2) for x in (query, key, value))
-            out = flash_attn_func(*turned, causal=True, **near, **more)
-            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-        return call
-
-    return make
+def of_case(make: Callable[..., Callable[..., Tensor]]) -> Callable[..., Callable[..., Tensor]]:
+    """A method of prefill_kernel.py as one of variants."""
+    return lambda variant, *tensors: make(variant.case, *tensors)
 
 
 def tail_triton(variant: Variant, query: Tensor, key: Tensor, value: Tensor) -> Callable[..., Tensor]:
@@ -398,19 +353,18 @@ def tail_sdpa(variant: Variant, *tensors: Tensor) -> Callable[..., Tensor]:
 
 CALLS: dict[str, Callable[..., Callable[..., Tensor]]] = {
     "flex": flex_call,
-    "ours": ours("auto"),
-    "ours_triton": ours("triton"),
-    "ours_flash": ours("flash"),
-    "stock": stock,
-    "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-    "sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "fa4": fa4(),
+    "ours": of_case(ours("auto")),
+    "ours_triton": of_case(ours("triton")),
+    "ours_flash": of_case(ours("flash")),
+    "stock": of_case(stock_flex(mask_included=False)),
+    "cudnn": of_case(sdpa(SDPBackend.CUDNN_ATTENTION)),
+    "sdpa_flash": of_case(sdpa(SDPBackend.FLASH_ATTENTION)),
+    "fa4": of_case(fa4(windowed=True)),
     "tail_triton": tail_triton,
     "tail_folded_16": tail_folded(16),
     "tail_folded_8": tail_folded(8),
     "tail_sdpa": tail_sdpa,
-    "tail_fa4": fa4(),
-    "tail_fa4_split": fa4(num_splits=16),
+    "tail_fa4": of_case(fa4(windowed=True)),
 }
 
 

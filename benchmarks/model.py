@@ -194,16 +194,14 @@ class Batch:
 
     @functools.cached_property
     def batch(self) -> int:
-        room = (runner.capacity_gib() - 12) * GIB - decode.weight_bytes(self.decoding(1))
-        per_sequence = decode_bytes(self.config, self.recipe, self.context, 1)
+        one = decoding(self.config)
+        room = (runner.capacity_gib() - 12) * GIB - decode.weight_bytes(one)
+        per_sequence = decode.cache_bytes(one, RECIPES[self.recipe], self.context)
         return 2 if runner.device() == "cpu" else max(1, min(64, int(room / per_sequence)))
 
     @functools.cached_property
     def gib(self) -> float:
         return held_gib(self.config, self.recipe, self.context, self.batch)
-
-    def decoding(self, batch: int) -> decode.Config:
-        return decode.Config(batch, (self.context,), self.config.steps, self.config.shape, {}, 1.0)
 
     @torch.no_grad()
     def prepare(self) -> Callable[[], Iterator[Result]]:
@@ -222,7 +220,7 @@ class Batch:
             layer.cumulative_length.fill_(self.context)
         compiled.rows, compiled.room = self.batch, 1000
         tokens = torch.zeros(self.batch, dtype=torch.long, device=runner.device())
-        ms = decode.timed(lambda: compiled.decode_step(tokens), self.decoding(self.batch))
+        ms = decode.timed(lambda: compiled.decode_step(tokens), decoding(self.config, self.batch))
         peak = torch.cuda.max_memory_allocated() / GIB if runner.device() == "cuda" else None
         yield Result("swaa_flex compiled, batch", self.recipe, self.context, self.batch, None, ms, peak)
 
@@ -231,7 +229,7 @@ class Batch:
 
 
 def make_model(config: Config, method: str, recipe: str) -> PreTrainedModel:
-    model = decode.make_model(decode.Config(1, (), 0, config.shape, {}, 1.0))
+    model = decode.make_model(decoding(config))
     if method.startswith("swaa_flex"):
         return swaa_flex.adapt(model, RECIPES[recipe])
     model.set_attn_implementation("sdpa" if method.startswith("sdpa") else "flex_attention")
@@ -295,19 +293,15 @@ def compiled_forward(model: PreTrainedModel) -> Callable[..., Any]:
     return torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
 
 
-def decode_bytes(config: Config, recipe: str, context: int, batch: int) -> int:
-    """Of the cache."""
-    tokens, swaa = 0, RECIPES[recipe]
-    for kind in swaa.resolve(config.shape["num_hidden_layers"]):
-        near = context if swaa.sliding_window is None else min(context, swaa.sliding_window + swaa.sink_tokens)
-        tokens += context if kind.full_attention_decode else near
-    heads, head_dim = config.shape["num_key_value_heads"], config.shape["head_dim"]
-    return 2 * batch * heads * head_dim * tokens * decode.itemsize()
+def decoding(config: Config, batch: int = 1) -> decode.Config:
+    """The same model for the functions of decode.py."""
+    return decode.Config(batch, config.contexts, config.steps, config.shape, {}, 1.0)
 
 
 def held_gib(config: Config, recipe: str, context: int, batch: int) -> float:
-    weights = decode.weight_bytes(decode.Config(1, (), 0, config.shape, {}, 1.0))
-    return (weights + decode_bytes(config, recipe, context, batch)) / GIB + 3
+    """Device memory between requests: weights, cache, and what CUDA takes."""
+    same = decoding(config, batch)
+    return (decode.weight_bytes(same) + decode.cache_bytes(same, RECIPES[recipe], context)) / GIB + 3
 
 
 # --- what is printed ------------------------------------------------------------------------------------------
