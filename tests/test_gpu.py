@@ -270,6 +270,14 @@ def test_lengths_and_offsets_do_not_pile_up_compilations(backend):
     assert counters["stats"]["unique_graphs"] == compiled
 
 
+def test_a_plan_with_a_dense_tail_may_be_run_in_a_compiled_function():
+    inputs, mask = tensors(dtype=torch.bfloat16), on_cuda("dense tail")
+    plan = swaa_flex.plan(mask, LENGTH, LENGTH, batch=2, heads=4, device="cuda", backend="triton")
+    compiled = torch.compile(lambda query, key, value: attention(query, key, value, plan), fullgraph=True)
+    with torch.no_grad():
+        close(compiled(*inputs), oracle(*inputs, mask)[0], torch.bfloat16)
+
+
 @flash
 def test_a_flash_plan_is_for_one_batch_and_head_dim():
     plan = swaa_flex.plan(causal(), 300, 300, batch=1, device="cuda", backend="flash", head_dim=64)

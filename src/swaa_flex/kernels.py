@@ -212,8 +212,11 @@ def _sdpa_is_faster(query: Tensor, key: Tensor, value: Tensor, segment: Segment,
     """Whether PyTorch's own kernels win at full causal rows (benchmarks/kernel_options.py).
 
     Whole prompts: cuDNN is ahead of the Triton kernel, not of FLASH. A few last rows (64 were measured):
-    FlashAttention-2 splits the keys among the processors, as the decode kernel does for even fewer.
+    FlashAttention-2 splits the keys among the processors, as the decode kernel does for even fewer. Not in a compiled
+    graph: torch.compile cannot trace the bias that aligns the last rows with the last keys (torch 2.13).
     """
+    if torch.compiler.is_compiling():
+        return False
     if not query.is_cuda or query.dtype.itemsize != 2 or query.shape[3] != value.shape[3] or query.shape[3] > 256:
         return False
     if query.shape[2] == key.shape[2]:
