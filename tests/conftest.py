@@ -1,7 +1,9 @@
-"""What tests share: the oracles."""
+"""What tests share: the oracles, and a backend that counts."""
 
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,16 @@ def dense_attention(
     lse = scores.logsumexp(-1)
     weights = (scores - lse.clamp(min=-1e300)[..., None]).exp()
     return weights[..., : value.shape[2]] @ value, lse
+
+
+def counting_backend(graphs: list[Any], then: str = "eager") -> Callable[..., Any]:
+    """A backend of torch.compile that collects the graphs it is given and passes them on."""
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(then)(graph, inputs)
+
+    return backend
 
 
 @pytest.fixture(autouse=True)

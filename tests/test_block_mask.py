@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import visible_pairs
+from conftest import counting_backend, visible_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import BATCH, HEADS, compositions
@@ -162,11 +162,7 @@ def test_wrong_number_of_heads_is_named():
 def test_building_traces_into_one_graph_for_all_lengths():
     graphs = []
 
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    @torch.compile(fullgraph=True, backend=count)
+    @torch.compile(fullgraph=True, backend=counting_backend(graphs))
     def counts(x, q_offset):
         mask = causal() & (window(256) | sinks(4))
         built = build_block_mask(mask, x.shape[0], x.shape[0] + 100, q_offset=q_offset)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import counting_backend
 from test_models import batch, tiny, under_reference
 from transformers import CompileConfig
 
@@ -53,13 +54,8 @@ def test_every_length_gives_the_tokens_of_the_dense_reference(family, config):
 
 def test_nothing_is_traced_after_the_warm_up(nothing_compiled):
     graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
     model = make("llama", RECIPES[0], num_hidden_layers=2)
-    compiled = swaa_flex.compile(model, max_length=420, prefill_chunk=128, backend=count).warmup()
+    compiled = swaa_flex.compile(model, max_length=420, prefill_chunk=128, backend=counting_backend(graphs)).warmup()
     assert len(graphs) == 2  # one size of chunk, and the decode step
     for length in range(3, 403, 20):
         compiled.generate(torch.randint(3, 99, (1, length)), max_new_tokens=10)
@@ -93,14 +89,9 @@ def test_projections_of_one_input_are_one_product_in_a_compiled_model(nothing_co
 
 def test_compiling_again_leaves_the_first_compiled_model_as_it_was(nothing_compiled):
     graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
     model = make("llama", RECIPES[0], num_hidden_layers=1)
     ids = torch.randint(3, 99, (1, 60))
-    first = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend=count)
+    first = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend=counting_backend(graphs))
     expected = first.generate(ids, max_new_tokens=8)
     held = [parameter.data_ptr() for parameter in model.parameters()]
     assert torch.equal(
@@ -312,12 +303,7 @@ TWO_LAYERS = [
 def test_generate_compiles_a_static_cache_once(config, nothing_compiled):
     model, inputs = make("llama", config, num_hidden_layers=2), batch(40, 13)
     graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compile_config = CompileConfig(backend=count, mode=None, fullgraph=True)
+    compile_config = CompileConfig(backend=counting_backend(graphs), mode=None, fullgraph=True)
     compile_config._compile_all_devices = True  # transformers compiles by itself only on accelerators
     kwargs = {**inputs, "max_new_tokens": 20, "do_sample": False, "compile_config": compile_config}
     expected = greedy(model, config, inputs, 20)
@@ -331,13 +317,8 @@ def test_generate_compiles_a_static_cache_once(config, nothing_compiled):
 def test_a_forward_that_the_user_compiles_decodes(config, nothing_compiled):
     model = make("llama", config, num_hidden_layers=2)
     graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
     inputs = {"input_ids": torch.randint(3, 99, (2, 40)), "attention_mask": torch.ones(2, 40, dtype=torch.long)}
-    step = torch.compile(model.forward, fullgraph=True, backend=count)
+    step = torch.compile(model.forward, fullgraph=True, backend=counting_backend(graphs))
     cache = SWAACache(model.config, max_length=64)
     with torch.no_grad():
         tokens = model(**inputs, past_key_values=cache).logits[:, -1:].argmax(-1)

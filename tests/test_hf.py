@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from conftest import counting_backend
 from reference import Reference
 from test_models import SIZE, batch, tiny, under_reference
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -267,18 +268,10 @@ def test_inputs_within_the_window_are_exact():
 # --- torch.compile ------------------------------------------------------------------------------------------
 
 
-def counting_backend(graphs):
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    return backend
-
-
 def test_fullgraph_compiles_once_for_all_long_prompts(model):
     graphs = []
     model.config.swaa = SWAAConfig(sliding_window=128, sink_tokens=8, full_attention_layers=[1], dense_tail=16)
-    compiled = torch.compile(model, fullgraph=True, backend=counting_backend(graphs))
+    compiled = torch.compile(model, fullgraph=True, backend=counting_backend(graphs, then="aot_eager"))
 
     def compare(length):
         ids = torch.randint(3, 99, (1, length))
