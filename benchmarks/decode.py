@@ -97,7 +97,7 @@ def main() -> None:
     jobs = [Ours(config, recipe) for recipe in RECIPES if "swaa_flex" in methods]
     for method in (method for method in STOCK if method in methods):
         jobs += [Stock(config, method, context) for context in config.contexts]
-    runner.run(sorted(jobs, key=lambda job: -job.gib), report)
+    runner.run(sorted(jobs, key=lambda job: -job.gib), report, headroom_gib=0 if given.quick else 15)
     report.results.sort(key=rank)
     report.close(table(report.results), plot)
 

@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 import traceback
 import types
@@ -48,25 +49,48 @@ class Job(Protocol):
 
 
 def run(jobs: Sequence[Job], report: Report, *, processes: int = 12, headroom_gib: float = 0) -> None:
-    """Runs jobs in waves of what fits into the memory of the device, less what a job takes only while it measures."""
+    """Runs jobs in waves of what fits into the memory of a device, less what a job takes only while it measures.
+
+    Each GPU takes the next wave when it has done one; jobs on one GPU measure in turn.
+    """
     gib = capacity_gib() - headroom_gib
-    waiting = list(jobs)
+    waiting, waves = list(jobs), []
     while waiting:
         wave: list[Job] = []
         for job in list(waiting):
             if not wave or (sum(j.gib for j in wave) + job.gib <= gib and len(wave) < processes):
                 wave.append(job)
                 waiting.remove(job)
-        _run_wave(wave, report)
+        waves.append(wave)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+    largest = max(len(wave) for wave in waves)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // len(gpus) // largest)))
+    left = iter(waves)
+    lock = threading.Lock()
+
+    def work(gpu: str) -> None:
+        while True:
+            with lock:
+                wave = next(left, None)
+            if wave is None:
+                return
+            _run_wave(wave, report, gpu)
+
+    threads = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
-def _run_wave(wave: list[Job], report: Report) -> None:
+def _run_wave(wave: list[Job], report: Report, gpu: str) -> None:
     spawn = multiprocessing.get_context("spawn")
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // len(wave))))
     running = []
     for job in wave:
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(job, theirs), daemon=False)
+        process = spawn.Process(target=_work, args=(job, theirs, gpu), daemon=False)
         process.start()
         theirs.close()
         running.append((job, process, ours))
@@ -95,7 +119,9 @@ def _received(pipe: Connection) -> tuple[str, Any]:
         return "failed", "the process died"
 
 
-def _work(job: Job, pipe: Connection) -> None:
+def _work(job: Job, pipe: Connection, gpu: str) -> None:
+    if gpu != "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts
     try:
         measure = job.prepare()
         pipe.send(("ready", ""))
@@ -122,13 +148,15 @@ class Report:
 
     def __post_init__(self) -> None:
         self.console = Console(width=140)
+        self._lock = threading.Lock()
         facts = ", ".join(f"{name} {value}" for name, value in self.facts.items() if not isinstance(value, dict))
         self.console.print(f"{describe()}; {facts}" if facts else describe())
 
     def add(self, result: Any) -> None:
-        self.results.append(result)
-        self.console.print(self.line(result), highlight=False)
-        self.save()
+        with self._lock:
+            self.results.append(result)
+            self.console.print(self.line(result), highlight=False)
+            self.save()
 
     def save(self) -> None:
         if self.path:
@@ -208,7 +236,8 @@ def device() -> str:
 
 def describe() -> str:
     if device() == "cuda":
-        return torch.cuda.get_device_name()
+        count = torch.cuda.device_count()
+        return f"{count} x " * (count > 1) + torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
 
 

@@ -262,7 +262,8 @@ def test_lengths_and_offsets_do_not_pile_up_compilations(backend):
         with torch.no_grad():
             close(attention(*inputs, plan), oracle(*inputs, mask, q_offset=ahead)[0], torch.bfloat16)
 
-    for length, ahead in ((300, 0), (410, 0), (523, 50), (640, 70)):
+    # Lists shorter than the rows of blocks: torch.compile takes lengths that are equal at first for one number.
+    for length, ahead in ((600, 0), (1100, 0), (523, 500), (940, 370)):
         run(length, ahead)
     compiled = counters["stats"]["unique_graphs"]
     for length, ahead in ((260, 0), (641, 7), (777, 900), (1025, 0), (1500, 333)):
@@ -327,15 +328,16 @@ def test_half_precision_and_float32_models_choose_a_backend_that_takes_them():
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")
-def test_a_compiled_model_equals_the_eager_one():
-    model = tiny("llama", head_dim=16).cuda()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)], ids=str)
+def test_a_compiled_model_equals_the_eager_one(dtype, tolerance):
+    model = tiny("llama", head_dim=16).to("cuda", dtype)
     model.config.swaa = CONFIG
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
-        for length in (300, 411):
+        for length in (300, 411, 640):
             ids = torch.randint(3, 99, (1, length), device="cuda")
             ours = compiled(ids, use_cache=False).logits
-            torch.testing.assert_close(ours, model(ids, use_cache=False).logits, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(ours, model(ids, use_cache=False).logits, atol=tolerance, rtol=tolerance)
 
 
 # --- caches and compiled models -------------------------------------------------------------------------------
@@ -447,5 +449,8 @@ def test_a_forward_compiled_by_the_user_decodes(config):
 def test_an_offloaded_cache_gives_the_same_tokens(config, max_length):
     model, inputs = on_gpu("llama", config), padded(100, 13)
     kwargs = {**inputs, "max_new_tokens": 60, "do_sample": False}
+    expected = model.generate(**kwargs)
+    for layer in model.model.layers:  # a GPU that lags behind shows copies that do not wait for each other
+        layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(1_000_000))
     cache = SWAACache(model.config, max_length=max_length, offloading=True)
-    assert torch.equal(model.generate(**kwargs, past_key_values=cache, disable_compile=True), model.generate(**kwargs))
+    assert torch.equal(model.generate(**kwargs, past_key_values=cache, disable_compile=True), expected)

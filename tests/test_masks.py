@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 import swaa_flex
 from swaa_flex import MaskError
-from swaa_flex.algebra import has_scalar_tensor, inlined, per_sequence
+from swaa_flex.algebra import has_single_number, inlined, only_integers, per_sequence
 from swaa_flex.masks import (
     causal,
     documents,
@@ -43,15 +43,22 @@ def test_a_mask_with_offsets_per_sequence_sees_the_same(data, length):
     shape = {"q_len": length, "kv_len": length, "batch": BATCH, "heads": HEADS}
     changed = per_sequence(moved, BATCH, torch.device("cpu"))
     assert torch.equal(visible_pairs(changed, **shape), visible_pairs(moved, **shape))
-    assert not has_scalar_tensor(changed)
 
 
-def test_one_padded_sequence_has_its_ends_as_tensors_of_one_entry_too():
-    mask = left_padded(causal(), torch.tensor([[0, 0, 1, 1, 1]]))
-    assert has_scalar_tensor(mask)
+def test_one_sequence_gets_tensors_of_two_entries():
+    mask = offset(left_padded(causal(), torch.tensor([[0, 0, 1, 1, 1]])), q=torch.tensor(0))
+    assert has_single_number(mask)
     changed = per_sequence(mask, 1, torch.device("cpu"))
-    assert not has_scalar_tensor(changed)
+    assert not has_single_number(changed)
     assert torch.equal(visible_pairs(changed, 5, 5), visible_pairs(mask, 5, 5))
+
+
+def test_masks_of_integers_alone_are_told_from_others():
+    plain = offset(causal() & (window(4) | sinks(2) | rows_from(7)), q=3)
+    assert only_integers(plain)
+    assert not only_integers(plain & from_mask_mod(lambda b, h, q, kv: q > kv))
+    assert not only_integers(offset(plain, q=torch.tensor(3)))
+    assert not only_integers(packed(plain, document_ids=torch.zeros(9, dtype=torch.long)))
 
 
 def test_what_varies_between_calls_is_not_compiled_into_flash():

@@ -241,28 +241,40 @@ def with_tensors_in_memory(mask: Mask) -> Mask:
     return changed
 
 
-def has_scalar_tensor(value: Any) -> bool:
-    """Whether a mask holds a 0-d tensor, such as an offset that changes in place."""
+def only_integers(value: Any) -> bool:
+    """Whether a mask holds neither tensors nor functions, which may hold some."""
     if isinstance(value, Mask):
-        return any(has_scalar_tensor(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
+        return all(only_integers(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
     if isinstance(value, tuple):
-        return any(has_scalar_tensor(part) for part in value)
-    return isinstance(value, Tensor) and value.dim() == 0
+        return all(only_integers(part) for part in value)
+    return isinstance(value, int)
+
+
+def has_single_number(value: Any) -> bool:
+    """Whether a mask holds a tensor of one number, such as an offset that changes in place."""
+    if isinstance(value, Mask):
+        return any(has_single_number(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
+    if isinstance(value, tuple):
+        return any(has_single_number(part) for part in value)
+    return isinstance(value, Tensor) and value.numel() == 1
 
 
 def per_sequence(mask: Mask, batch: int, device: torch.device) -> Mask:
     """The same mask with what may vary between calls as tensors `[batch]`; to be evaluated only.
 
-    FLASH inlines integers, so that each value would be compiled, and cannot read 0-d tensors (torch 2.11).
+    FLASH inlines integers, so that each value would be compiled, and cannot read tensors of one number (torch 2.11):
+    for a batch of 1 they get a second entry.
     """
+    entries = max(batch, 2)
     changes: dict[str, Any] = {}
     for field in fields(mask):  # type: ignore[arg-type]
         value = getattr(mask, field.name)
-        if field.name in mask._per_sequence and not (isinstance(value, Tensor) and value.dim() > 0):
-            if isinstance(value, Tensor):
-                changes[field.name] = value.to(torch.int32).expand(batch).contiguous()
-            elif value != 0:
-                changes[field.name] = torch.full((batch,), value, dtype=torch.int32, device=device)
+        if field.name in mask._per_sequence and isinstance(value, Tensor):
+            if value.numel() == 1:
+                changes[field.name] = value.reshape(1).to(torch.int32).expand(entries).contiguous()
+        elif field.name in mask._per_sequence:
+            if value != 0:
+                changes[field.name] = torch.full((entries,), value, dtype=torch.int32, device=device)
         elif isinstance(value, Mask):
             changes[field.name] = per_sequence(value, batch, device)
         elif isinstance(value, tuple) and any(isinstance(part, Mask) for part in value):

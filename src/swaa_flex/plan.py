@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import backends, chunked
-from .algebra import Mask, has_scalar_tensor, per_sequence, with_tensors, with_tensors_in_memory
+from .algebra import Mask, has_single_number, only_integers, per_sequence, with_tensors, with_tensors_in_memory
 from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
 from .intervals import Bounds
 from .masks import causal, offset
@@ -70,7 +70,8 @@ def plan(
 
     Where a few rows see much more than the others and are known from Python integers (`rows_from(int)`), those rows
     are kernel calls of their own, so that they do not widen the lists of all rows. In a plan for flash, stretches of
-    fewer than 128 rows run on triton, and so do masks with 0-d tensors if `batch` is not given.
+    fewer than 128 rows run on triton, and so do masks with single numbers in tensors if `batch` is not given, and
+    masks with any tensors in a compiled graph.
 
     Args:
         mask: the mask; query row i is evaluated at i + `q_offset`, key j at j.
@@ -179,13 +180,13 @@ def _flex_segment(
     is_causal_end = False
     if not isinstance(shift, Tensor) and not torch.compiler.is_compiling():
         is_causal_end = mask == causal() and shift + q_len == kv_len
-    if backend == "flash" and (q_len < BLOCK_SIZE or (batch is None and has_scalar_tensor(offset(mask, q=shift)))):
-        backend = "triton"  # FLASH has no split over keys, which few rows need, and takes offsets per sequence only
-    if torch.compiler.is_compiling() and backend == "triton" and not isinstance(shift, Tensor) and shift != 0:
-        shift = _row_tensor(shift, device)  # may be symbolic: see `plan`
     local = offset(mask, q=shift)
-    if backend == "flash" and batch is not None:
-        local = per_sequence(local, batch, device)
+    if backend == "flash":
+        # FLASH has no split over keys, which few rows need.
+        readable = None if q_len < BLOCK_SIZE else _for_flash(local, shift, batch, device)
+        backend, local = ("triton", local) if readable is None else ("flash", readable)
+    if torch.compiler.is_compiling() and backend == "triton" and not isinstance(shift, Tensor) and shift != 0:
+        local = offset(mask, q=_row_tensor(shift, device))  # may be symbolic: see `plan`
     if backend == "cpp" and torch.compiler.is_compiling():
         local = with_tensors_in_memory(local)
     # FLASH has a faster kernel for small heads, with tiles of 192 rows (sm90; benchmarks/kernel_options.py).
@@ -209,6 +210,18 @@ def _flex_segment(
         # C++ text, and "ks2" also matches in "ks27" (torch 2.11 to 2.13, codegen/cpp_flex_attention_template.py).
         local = block_mask.mask_mod = with_tensors(local, device)
     return Segment(first, stop, backend, local, block_mask, (), is_causal_end)
+
+
+def _for_flash(mask: Mask, shift: int | Tensor, batch: int | None, device: torch.device) -> Mask | None:
+    """The mask in a form that FLASH can read, or None.
+
+    In a compiled graph inductor may free tensors before this kernel has read them, and cannot inline symbolic integers
+    (torch 2.11; later versions can do both and are not tested).
+    """
+    if torch.compiler.is_compiling():
+        return mask if not isinstance(shift, Tensor) and shift == 0 and only_integers(mask) else None
+    readable = mask if batch is None else per_sequence(mask, batch, device)
+    return None if has_single_number(readable) else readable
 
 
 def _row_tensor(row: int, device: torch.device) -> Tensor:

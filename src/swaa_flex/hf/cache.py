@@ -279,6 +279,12 @@ class SWAACache(Cache):
         if not isinstance(self.layers[layer_idx], _RELEASING):
             super().offload(layer_idx, only_non_sliding)
 
+    def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
+        """Starts to move a layer back from the CPU, once what was moved there has arrived."""
+        if torch.cuda.is_available():  # transformers 5.17 does not wait; 5.23 does so itself
+            self.prefetch_stream.wait_stream(torch.cuda.current_stream(self.prefetch_stream.device))
+        super().prefetch(layer_idx, only_non_sliding)
+
     def _move(self, change: Callable[[Tensor], Tensor]) -> None:
         """Changes what is known of each sequence as the sequences change (what is known of other batches stays)."""
         held = next((layer.keys for layer in self.layers if getattr(layer, "keys", None) is not None), None)
