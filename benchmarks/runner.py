@@ -22,6 +22,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,14 +87,7 @@ def run(jobs: Sequence[Job], report: Report, *, processes: int = 12, headroom_gi
 
 
 def _run_wave(wave: list[Job], report: Report, gpu: str) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    running = []
-    for job in wave:
-        ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(job, theirs, gpu), daemon=False)
-        process.start()
-        theirs.close()
-        running.append((job, process, ours))
+    running = [(job, *_started(job, gpu)) for job in wave]
     notes = {id(job): _received(pipe)[1] for job, _, pipe in running}
     for job, process, pipe in running:
         note, came = notes[id(job)], 0
@@ -111,6 +105,25 @@ def _run_wave(wave: list[Job], report: Report, gpu: str) -> None:
         process.join()
 
 
+def _started(job: Job, gpu: str) -> tuple[BaseProcess, Connection]:
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_work, args=(job, theirs))
+    with _starting:  # CUDA reads the variable when it starts, which importing transformers makes it do
+        visible = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if gpu != "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        process.start()
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    theirs.close()
+    return process, ours
+
+
+_starting = threading.Lock()
+
+
 def _received(pipe: Connection) -> tuple[str, Any]:
     try:
         kind, value = pipe.recv()
@@ -119,9 +132,7 @@ def _received(pipe: Connection) -> tuple[str, Any]:
         return "failed", "the process died"
 
 
-def _work(job: Job, pipe: Connection, gpu: str) -> None:
-    if gpu != "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # read when CUDA starts
+def _work(job: Job, pipe: Connection) -> None:
     try:
         measure = job.prepare()
         pipe.send(("ready", ""))

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import swaa_flex
 from swaa_flex import MaskError, build_block_mask
-from swaa_flex.block_mask import layout, row_block_bounds
+from swaa_flex.block_mask import laid_out_on, layout, row_block_bounds
 from swaa_flex.masks import causal, from_mask_mod, heads, offset, packed, rows_from, sinks, window
 
 
@@ -173,3 +173,13 @@ def test_building_traces_into_one_graph_for_all_lengths():
         want = build_block_mask(causal() & (window(256) | sinks(4)), length, length + 100, q_offset=100)
         assert torch.equal(got, want.kv_num_blocks + want.full_kv_num_blocks)
     assert len(graphs) <= 2
+
+
+def test_masks_without_tensors_are_laid_out_on_the_cpu():
+    cuda, near = torch.device("cuda"), causal() & (window(5) | sinks(2))
+    assert laid_out_on(near, cuda).type == "cpu"
+    assert laid_out_on(near & from_mask_mod(lambda b, h, q, kv: q > kv), cuda).type == "cpu"
+    assert laid_out_on(near, cuda, needs_grad=True) == cuda  # whose lists take all pairs of blocks
+    assert laid_out_on(offset(near, q=torch.tensor(3)), cuda) == cuda
+    assert laid_out_on(packed(near, document_ids=torch.zeros(9, dtype=torch.long)), cuda) == cuda
+    assert laid_out_on(near, torch.device("cpu")).type == "cpu"

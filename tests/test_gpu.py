@@ -262,8 +262,8 @@ def test_lengths_and_offsets_do_not_pile_up_compilations(backend):
         with torch.no_grad():
             close(attention(*inputs, plan), oracle(*inputs, mask, q_offset=ahead)[0], torch.bfloat16)
 
-    # Lists shorter than the rows of blocks: torch.compile takes lengths that are equal at first for one number.
-    for length, ahead in ((600, 0), (1100, 0), (523, 500), (940, 370)):
+    # torch.compile takes lengths that are equal for one number: queries and keys, rows of blocks and width of lists.
+    for length, ahead in ((600, 0), (1100, 0), (523, 500), (940, 370), (300, 0)):
         run(length, ahead)
     compiled = counters["stats"]["unique_graphs"]
     for length, ahead in ((260, 0), (641, 7), (777, 900), (1025, 0), (1500, 333)):
@@ -328,7 +328,7 @@ def test_half_precision_and_float32_models_choose_a_backend_that_takes_them():
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32:UserWarning")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
 def test_a_compiled_model_equals_the_eager_one(dtype, tolerance):
     model = tiny("llama", head_dim=16).to("cuda", dtype)
     model.config.swaa = CONFIG
@@ -336,8 +336,8 @@ def test_a_compiled_model_equals_the_eager_one(dtype, tolerance):
     with torch.no_grad():
         for length in (300, 411, 640):
             ids = torch.randint(3, 99, (1, length), device="cuda")
-            ours = compiled(ids, use_cache=False).logits
-            torch.testing.assert_close(ours, model(ids, use_cache=False).logits, atol=tolerance, rtol=tolerance)
+            ours, eager = (run(ids, use_cache=False).logits.float() for run in (compiled, model))
+            assert (ours - eager).norm() / eager.norm() < tolerance
 
 
 # --- caches and compiled models -------------------------------------------------------------------------------

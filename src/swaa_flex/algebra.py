@@ -243,20 +243,26 @@ def with_tensors_in_memory(mask: Mask) -> Mask:
 
 def only_integers(value: Any) -> bool:
     """Whether a mask holds neither tensors nor functions, which may hold some."""
-    if isinstance(value, Mask):
-        return all(only_integers(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
-    if isinstance(value, tuple):
-        return all(only_integers(part) for part in value)
-    return isinstance(value, int)
+    return all(isinstance(part, int) for part in _parts(value))
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether a mask holds a tensor. Functions may too, but are asked for pairs only, not for bounds."""
+    return any(isinstance(part, Tensor) for part in _parts(value))
 
 
 def has_single_number(value: Any) -> bool:
     """Whether a mask holds a tensor of one number, such as an offset that changes in place."""
+    return any(isinstance(part, Tensor) and part.numel() == 1 for part in _parts(value))
+
+
+def _parts(value: Any) -> list[Any]:
+    """What a mask and the masks in it hold."""
     if isinstance(value, Mask):
-        return any(has_single_number(getattr(value, field.name)) for field in fields(value))  # type: ignore[arg-type]
+        return [part for field in fields(value) for part in _parts(getattr(value, field.name))]  # type: ignore[arg-type]
     if isinstance(value, tuple):
-        return any(has_single_number(part) for part in value)
-    return isinstance(value, Tensor) and value.numel() == 1
+        return [part for item in value for part in _parts(item)]
+    return [value]
 
 
 def per_sequence(mask: Mask, batch: int, device: torch.device) -> Mask:

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from . import backends, chunked
 from .algebra import Mask, has_single_number, only_integers, per_sequence, with_tensors, with_tensors_in_memory
-from .block_mask import BLOCK_SIZE, check_sizes, layout, list_width, row_block_bounds
+from .block_mask import BLOCK_SIZE, check_sizes, laid_out_on, layout, list_width, moved, row_block_bounds
 from .intervals import Bounds
 from .masks import causal, offset
 
@@ -111,7 +111,8 @@ def plan(
     # Where no list would become shorter, one call is better; but a compiled graph keeps the stretches, whose masks
     # hold no symbolic row numbers: capturing those fails in torch 2.11's lowering of flex_attention.
     if len(parts) > 1 and not torch.compiler.is_compiling():
-        widths = {list_width(_bounds(*part, q_offset, kv_len, BLOCK_SIZE, device), kv_len) for part in parts}
+        here = laid_out_on(local, device)
+        widths = {list_width(_bounds(*part, q_offset, kv_len, BLOCK_SIZE, here), kv_len) for part in parts}
         if len(widths) == 1:
             parts = [(0, q_len, mask)]
     segments = tuple(
@@ -192,12 +193,13 @@ def _flex_segment(
     # FLASH has a faster kernel for small heads, with tiles of 192 rows (sm90; benchmarks/kernel_options.py).
     small = backend == "flash" and head_dim is not None and head_dim <= 64 and not needs_grad
     q_block = 192 if small and backends.is_hopper(device.index) else BLOCK_SIZE
+    here = laid_out_on(offset(mask, q=shift), device, needs_grad)
     block_mask = layout(
         local,
-        _bounds(first, stop, mask, q_offset, kv_len, q_block, device),
+        _bounds(first, stop, mask, q_offset, kv_len, q_block, here),
         q_len,
         kv_len,
-        device=device,
+        device=here,
         block_size=(q_block, BLOCK_SIZE),
         # The compiled CPU kernel insists on kv_len <= list width * block (torch 2.11 to 2.13, flex_cpu.py).
         full_width=backend == "cpp",
@@ -205,6 +207,7 @@ def _flex_segment(
         separate_full=backend != "triton" or q_len >= BLOCK_SIZE or needs_grad,
         needs_grad=needs_grad,
     )
+    block_mask = moved(block_mask, device)
     if backend == "cpp" and not torch.compiler.is_compiling():
         # Symbolic integers in a mask_mod can break the compiled CPU kernel: inductor substitutes its own names in the
         # C++ text, and "ks2" also matches in "ks27" (torch 2.11 to 2.13, codegen/cpp_flex_attention_template.py).
