@@ -404,14 +404,16 @@ def plot(data: dict[str, Any], path: Path) -> None:
     near = max({r.sliding_window for r in chosen}, key=lambda w: sum(r.sliding_window == w for r in chosen))
     chosen = [r for r in chosen if r.sliding_window == near]
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
+    for axis in axes:
+        axis.set_prop_cycle(color=plt.get_cmap("Paired").colors)
     for method in dict.fromkeys(r.method for r in chosen):
         points = [r for r in chosen if r.method == method]
         style = {"linestyle": "-" if method.startswith("swaa") else "--", "marker": "o", "markersize": 4}
         axes[0].plot([r.length for r in points], [r.milliseconds for r in points], label=method, **style)
         axes[1].plot([r.length for r in points], [r.teraflops for r in points], **style)
     axes[0].set(yscale="log", ylabel="milliseconds")
-    axes[1].set(ylabel="useful TFLOP/s", ylim=(0, None))
     axes[1].axhline(data["matmul_tflops"], color="grey", linestyle=":", label="matmul rate")
+    axes[1].set(ylabel="useful TFLOP/s", ylim=(0, None))
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.set_xlabel("tokens")

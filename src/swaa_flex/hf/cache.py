@@ -101,7 +101,7 @@ class SWAACache(Cache):
             size = (swaa.sink_tokens, swaa.sliding_window)
             if max_length is None:
                 layers[index] = SinksAndWindowLayer(*size, pads, hold_prompt=swaa.dense_tail > 0, slack=slack)
-            elif sum(size) < max_length:
+            elif 1 < sum(size) < max_length:  # inductor cannot build the decode kernel for a single key (torch 2.11)
                 layers[index] = StaticSinksAndWindowLayer(max_length, *size, pads, hold_prompt=swaa.dense_tail > 0)
         super().__init__(layers=layers, offloading=offloading)
         self.layers: list[Any] = layers
