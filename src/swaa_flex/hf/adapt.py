@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import recipes
 from ..config import SWAAConfig
+from .labels import read_labels, read_labels_no_more
 from .mask import refuse_without_interface
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -18,7 +19,9 @@ _BEFORE = "_attention_before_swaa"  # on the model: implementation by id of conf
 def adapt(model: ModelT, recipe_or_config: str | SWAAConfig | dict[str, Any] = recipes.DEFAULT) -> ModelT:
     """Switches a loaded model to sliding-window attention, in place.
 
-    Adapting again replaces the configuration; `restore` puts back the attention the model had before.
+    Adapting again replaces the configuration; `restore` puts back the attention the model had before. Forwards with
+    `labels` read from them where prompts end, if nothing else says so: tokens with a label are decode rows, in samples
+    whose first two tokens have none.
 
     Args:
         model: a causal language model of transformers.
@@ -47,6 +50,7 @@ def adapt(model: ModelT, recipe_or_config: str | SWAAConfig | dict[str, Any] = r
         before = {id(config): config._attn_implementation for config in _configs(model)}
         setattr(model, _BEFORE, before)
     model.set_attn_implementation("swaa_flex")
+    read_labels(model)
     return model
 
 
@@ -63,6 +67,7 @@ def restore(model: ModelT) -> ModelT:
         The same model.
     """
     before = model.__dict__.pop(_BEFORE, {})
+    read_labels_no_more(model)
     model.set_attn_implementation("sdpa")
     for config in _configs(model):
         config.swaa = None

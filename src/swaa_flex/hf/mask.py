@@ -254,7 +254,15 @@ class ForwardMask(BlockMask):
                         f"dense_tail={tail}: the cache was made for a recipe without a dense tail and has released "
                         "keys that the tail would see; set dense_tail in the recipe before the cache is made"
                     )
-                inner, dense = self._rows(near, tail, kind.full_attention_decode, info, module, stop)
+                inner, dense = self._rows(
+                    near,
+                    tail,
+                    kind.full_attention_decode,
+                    info,
+                    module,
+                    stop,
+                    position_ids if self.is_packed else None,
+                )
                 mask = self._mask(inner, dense, position_ids, first, stop)
             if source is not None and source.ring:
                 begin = 0 if first is None else first
@@ -371,6 +379,7 @@ class ForwardMask(BlockMask):
         info: PromptInfo,
         module: nn.Module,
         stop: Tensor | None,
+        documents: Tensor | None,
     ) -> tuple[Mask | None, Mask | None]:
         """What rows see in their own positions, and the rows of the cache that see everything."""
         batch, _, q_len, _ = self.sizes
@@ -392,12 +401,18 @@ class ForwardMask(BlockMask):
             flags = info.decode_rows.to(self.device)
             if tuple(flags.shape) != (batch, q_len):
                 raise MaskError(f"decode_rows: expected [{batch}, {q_len}], got {list(flags.shape)}")
-            dense_rows = self._tails(flags, tail, stop)
+            dense_rows = self._tails(flags, tail, stop, documents)
             dense_rows = dense_rows | flags if decode_is_full else dense_rows & ~flags
             return near, offset(rows_where(dense_rows), q=-self.q_offset)
         if q_len == 1:
             # One new token: a decode row. (On an empty cache it sees itself either way.)
             return (None if decode_is_full else near), None
+        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(
+                "training without knowing where prompts end: all rows count as prompt. Pass prompt_lengths= or "
+                "decode_rows= to the forward, or call swaa_flex.adapt(model), which reads them from the labels",
+                stacklevel=2,
+            )
         if tail == 0:
             return near, None
         self._warn_of_chunks(module)
@@ -405,12 +420,17 @@ class ForwardMask(BlockMask):
             return near, rows_from(stop - tail)
         return near, rows_from(self.q_offset + q_len - tail)
 
-    def _tails(self, decode_rows: Tensor, tail: int, stop: Tensor | None) -> Tensor:
-        """Rows among the last `tail` ones before an answer or before the end of their sequence, [batch, q_len]."""
+    def _tails(self, decode_rows: Tensor, tail: int, stop: Tensor | None, documents: Tensor | None) -> Tensor:
+        """Rows among the last `tail` ones before an answer or before the end of their sequence, [batch, q_len].
+
+        `documents` are the position ids of packed rows: where one is 0 a document begins, and another has ended.
+        """
         batch, q_len = decode_rows.shape
         answers = decode_rows & ~F.pad(decode_rows, (1, 0))[:, :-1]
         index = torch.arange(q_len + 1, device=self.device)
         end = q_len if stop is None else (stop - self.q_offset).clamp(0, q_len)[:, None]
+        if documents is not None:
+            answers = answers | (documents == 0)
         starts = (F.pad(answers, (0, 1)) | (index == end)).expand(batch, -1)
         passed = F.pad(starts.cumsum(-1), (1, 0))  # starts before each row
         rows = index[:-1]

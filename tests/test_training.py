@@ -1,0 +1,224 @@
+"""Masks in training: losses and gradients against one sample at a time in a dense float64 model."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import Reference
+from test_models import tiny
+from transformers import AttentionInterface, AttentionMaskInterface
+
+import swaa_flex
+from swaa_flex import MaskError, SWAAConfig
+from swaa_flex.hf.labels import decode_rows_of
+
+# A conversation is a list of parts: tokens of the user, tokens of the answer, ...
+CONVERSATIONS = [(30, 9), (17, 5, 12, 8), (50, 3), (2, 20, 3, 4)]
+RECIPES = [
+    SWAAConfig(sliding_window=8, sink_tokens=2, full_attention_layers=[1], dense_tail=4),
+    SWAAConfig(8, 2, (), False, 4),
+    SWAAConfig(8, 2, (), True, 0),
+]
+
+
+class OneSample(Reference):
+    """Dense attention over one sample without pads, from the definition, pair by pair."""
+
+    answers: list[bool]
+
+    @classmethod
+    def visible(cls, module, native, q_len, kv_len):
+        kind = cls.config.resolve(module.config.num_hidden_layers)[module.layer_idx]
+        allowed = torch.zeros(1, 1, q_len, kv_len, dtype=torch.bool)
+        for row in range(q_len):
+            until = next((i for i in range(row, q_len) if cls.answers[i]), q_len)  # where the next answer begins
+            tail = not cls.answers[row] and until - row <= cls.config.dense_tail
+            dense = kind.full or tail or (cls.answers[row] and kind.full_attention_decode)
+            for key in range(row + 1):
+                allowed[..., row, key] = dense or row - key < cls.config.sliding_window or key < cls.config.sink_tokens
+        return allowed
+
+
+AttentionInterface.register("swaa_one_sample", OneSample.attention)
+AttentionMaskInterface.register("swaa_one_sample", OneSample.mask)
+
+
+def sample(parts):
+    flags = [i % 2 == 1 for i, n in enumerate(parts) for _ in range(n)]
+    ids = torch.randint(3, 99, (len(flags),))
+    return ids, torch.where(torch.tensor(flags), ids, -100)
+
+
+def padded(samples, side="right"):
+    longest = max(len(ids) for ids, _ in samples)
+    rows = {"input_ids": [], "attention_mask": [], "labels": []}
+    for ids, labels in samples:
+        free = longest - len(ids)
+        gap = (0, free) if side == "right" else (free, 0)
+        rows["input_ids"].append(F.pad(ids, gap))
+        rows["attention_mask"].append(F.pad(torch.ones_like(ids), gap))
+        rows["labels"].append(F.pad(labels, gap, value=-100))
+    return {name: torch.stack(tensors) for name, tensors in rows.items()}
+
+
+def packed(samples):
+    positions = torch.cat([torch.arange(len(ids)) for ids, _ in samples])[None]
+    ids, labels = (torch.cat(parts)[None] for parts in zip(*samples, strict=True))
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+ARRANGED = {
+    "right padded": padded,
+    "left padded": lambda samples: padded(samples, "left"),
+    "packed": packed,
+}
+
+
+def loss_of(model, batch, **told):
+    """Sum over answer tokens, so that it is the same however samples are arranged."""
+    given = {k: v for k, v in batch.items() if k != "labels"}
+    out = model(**given, labels=batch["labels"], **told)
+    return F.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"), out
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def expected(model, samples, config):
+    """Loss and gradients of samples one by one, float64."""
+    exact = copy.deepcopy(swaa_flex.restore(copy.deepcopy(model))).double()
+    exact.set_attn_implementation("swaa_one_sample")
+    total = 0
+    OneSample.config = config
+    for ids, labels in samples:
+        OneSample.answers = (labels != -100).tolist()
+        total = total + loss_of(exact, {"input_ids": ids[None], "labels": labels[None]})[0]
+    return total, gradients(exact, total)
+
+
+@pytest.fixture
+def model():
+    return swaa_flex.adapt(tiny("llama"), RECIPES[0]).train()
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=repr)
+@pytest.mark.parametrize("arranged", ARRANGED)
+@pytest.mark.parametrize("told", ["labels", "decode_rows"])
+def test_losses_and_gradients_are_those_of_single_samples(model, config, arranged, told):
+    swaa_flex.adapt(model, config)
+    samples = [sample(parts) for parts in CONVERSATIONS]
+    batch = ARRANGED[arranged](samples)
+    loss, _ = loss_of(model, batch, **({} if told == "labels" else {"decode_rows": batch["labels"] != -100}))
+    exact, exact_gradients = expected(model, samples, config)
+    torch.testing.assert_close(loss.double(), exact, atol=1e-5, rtol=1e-5)
+    for name, gradient in gradients(model, loss).items():
+        torch.testing.assert_close(gradient.double(), exact_gradients[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arranged", ["right padded", "left padded"])
+def test_prompt_lengths_say_the_same_as_labels(model, arranged):
+    samples = [sample((30, 9)), sample((50, 3)), sample((5, 30))]
+    batch = ARRANGED[arranged](samples)
+    told, _ = loss_of(model, batch, prompt_lengths=[30, 50, 5])
+    torch.testing.assert_close(told, loss_of(model, batch)[0])
+
+
+def test_a_packed_row_of_five_documents_has_the_loss_of_five_rows(model):
+    samples = [sample(parts) for parts in [*CONVERSATIONS, (11, 2)]]
+    count = sum(int((labels != -100).sum()) for _, labels in samples)
+    row = model(**packed(samples)).loss * count
+    rows = [model(ids[None], labels=labels[None]).loss * (labels != -100).sum() for ids, labels in samples]
+    torch.testing.assert_close(row, sum(rows))
+
+
+def test_checkpointed_gradients_are_the_same(model):
+    batch = padded([sample(parts) for parts in CONVERSATIONS])
+    plain = gradients(model, loss_of(model, batch)[0])
+    # The name until transformers 5.17 and the one since.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    for reentrant in (False, True):
+        enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        for name, gradient in gradients(model, loss_of(model, batch)[0]).items():
+            torch.testing.assert_close(gradient, plain[name], atol=1e-4, rtol=1e-4)
+
+
+def test_text_without_a_prompt_slides_everywhere(model):
+    ids = torch.randint(3, 99, (1, 60))
+    flattened = ids.clone()
+    flattened[:, 0] = -100  # as transformers' collator for packed rows has it
+    with swaa_flex.prompt(dense_tail=0):
+        prompt_only = model(ids, decode_rows=torch.zeros(1, 60, dtype=torch.bool)).logits
+        for labels in (ids, flattened):
+            torch.testing.assert_close(model(ids, labels=labels).logits, prompt_only)
+    assert not decode_rows_of(ids).any()
+
+
+def test_what_is_told_counts_more_than_labels(model):
+    ids, labels = (x[None] for x in sample((30, 9)))
+    told = model(ids, labels=labels, prompt_lengths=20).logits
+    with swaa_flex.prompt(lengths=20):
+        torch.testing.assert_close(model(ids, labels=labels).logits, told)
+    assert (model(ids, labels=labels).logits - told).abs().max() > 1e-3
+
+
+def test_labels_are_read_through_peft_and_not_after_restore(model):
+    peft = pytest.importorskip("peft")
+    ids, labels = (x[None] for x in sample((30, 9)))
+    aware = model(ids, labels=labels).loss
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    torch.testing.assert_close(wrapped(input_ids=ids, labels=labels).loss, aware)
+    swaa_flex.restore(model)
+    assert "forward" not in vars(model)
+
+
+def test_a_copy_of_an_adapted_model_is_its_own(model):
+    ids, labels = (x[None] for x in sample((30, 9)))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert other(ids, labels=labels).logits.abs().max() == 0
+
+
+def test_training_blindly_warns(model):
+    ids, _ = sample((30, 9))
+    with pytest.warns(UserWarning, match="without knowing where prompts end.*prompt_lengths.*swaa_flex.adapt"):
+        model(ids[None])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids[None], prompt_lengths=30)
+        with torch.no_grad():
+            model(ids[None])
+
+
+def test_a_prompt_longer_than_its_sample_is_refused(model):
+    ids, labels = (x[None] for x in sample((30, 9)))
+    with pytest.raises(MaskError, match=r"prompt_lengths\[0\]=40: the sample has 39 tokens"):
+        model(ids, labels=labels, prompt_lengths=[40])
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "gpt_oss"])
+def test_other_families_train_like_single_samples(family):
+    model = swaa_flex.adapt(tiny(family), RECIPES[0]).train()
+    batch = padded([sample(parts) for parts in CONVERSATIONS])
+    rows = loss_of(model, batch)[0]
+    singles = 0
+    for ids, mask, labels in zip(*batch.values(), strict=True):
+        one = {"input_ids": ids[mask.bool()][None], "labels": labels[mask.bool()][None]}
+        singles = singles + loss_of(model, one)[0]
+    torch.testing.assert_close(rows, singles, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_adapted_model_compiles_with_labels(model):
+    ids, labels = (x[None] for x in sample((200, 9)))
+    with torch.no_grad():
+        eager = model(ids, labels=labels).loss
+        compiled = torch.compile(model, fullgraph=True)(ids, labels=labels).loss
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
