@@ -314,7 +314,7 @@ def test_prompts_longer_than_the_model_goes_are_refused(folder):
 def test_an_unknown_model_is_refused(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = one_red_line(invoke(f"demo --model {shlex.quote(name)}"))
-    assert f"--model {name}: expected a folder with a causal language model" in said
+    assert f"model {name}: expected a folder with a causal language model" in said
     assert re.search(r" Hub \(\S.*\S\)$", said), said
 
 

@@ -24,11 +24,11 @@ def saved(tmp_path_factory) -> Path:
     return path
 
 
-def run_in_processes(*arguments: object, timeout: float = 240) -> None:
-    script = Path(__file__).with_name("tensor_parallel.py")
+def run_in_processes(name: str, *arguments: object, timeout: float = 240, **environment: str) -> None:
+    script = Path(__file__).with_name(name)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     # Without a GPU in sight transformers picks gloo, as NCCL cannot have two processes on one GPU.
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     command = [*launcher, str(script), *map(str, arguments)]
     with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
@@ -40,7 +40,7 @@ def run_in_processes(*arguments: object, timeout: float = 240) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_a_model_sharded_by_tensor_parallelism_generates_what_one_process_does(saved, tmp_path):
-    run_in_processes(saved, tmp_path)
+    run_in_processes("tensor_parallel.py", saved, tmp_path)
     whole = answers(saved)
     heads, layers = SIZE["num_key_value_heads"], SIZE["num_hidden_layers"]
     for rank in range(PROCESSES):

@@ -44,13 +44,15 @@ def pages(kept: str | None) -> list[object]:
 
 
 @pytest.mark.parametrize("page", pages(None))
-def test_the_code_of_a_page_runs(page):
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run(page, slow=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", pages("slow"))
-def test_the_slow_code_of_a_page_runs(page):
+def test_the_slow_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run(page, slow=True)
 
 

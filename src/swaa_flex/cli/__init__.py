@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from .. import recipes as named
 from .._version import __version__
 from ..errors import SWAAError
-from . import demo, doctor, show
+from . import demo, distill, doctor, finetune, show
 
 
 def main() -> None:
@@ -56,6 +56,9 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("show")(show.show)
 app.command("doctor")(doctor.doctor)
+app.command("distill")(distill.distill)
+app.command("finetune")(finetune.finetune)
+app.command("merge")(finetune.merge)
 
 
 @app.command("recipes")

@@ -72,6 +72,6 @@ def installed() -> str:
 
 def _no_model(name: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"--model {name}: expected a folder with a causal language model of transformers, a GGUF file, or the name of "
+        f"model {name}: expected a folder with a causal language model of transformers, a GGUF file, or the name of "
         f"a model on the Hugging Face Hub ({reason})"
     )

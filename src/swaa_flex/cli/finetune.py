@@ -1,0 +1,177 @@
+"""`swaa-flex finetune` and `merge`: a LoRA adapter for a recipe, and a plain model of both."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from .. import recipes
+from ..config import SWAAConfig
+from ..errors import ConfigError
+from ..hf.adapt import adapt
+from ..tuning import adapters, train
+from ..tuning.data import Example, encode, encode_each, fit, read_samples
+from . import checkpoint
+
+SHOWN = 5  # rows that are left out
+
+DEFAULT = train.TuningConfig()
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="A folder, a GGUF file, or a name on the Hugging Face Hub.")],
+    data: Annotated[Path, typer.Argument(help="What to learn: .jsonl, .json or .parquet, of `swaa-flex distill`.")],
+    out: Annotated[Path, typer.Argument(help="A folder for checkpoints and the adapter.")],
+    recipe: Annotated[
+        str, typer.Option(help="The recipe to train for: a name, or a .json file with the fields of a SWAAConfig.")
+    ] = recipes.DEFAULT,
+    held_out: Annotated[
+        Path | None, typer.Option(help="Data whose loss is printed, under the recipe and under full attention.")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(metavar="ce|kl", help="Match the answers, or what full attention says of them.")
+    ] = DEFAULT.objective,
+    rank: Annotated[int, typer.Option(help="Of the LoRA matrices.")] = DEFAULT.rank,
+    scale: Annotated[float, typer.Option(help="LoRA's alpha / rank.")] = DEFAULT.scale,
+    targets: Annotated[str, typer.Option(help="Linear layers that get an adapter.")] = ",".join(
+        DEFAULT.target_modules
+    ),
+    dropout: Annotated[float, typer.Option(help="On the input of the adapters.")] = DEFAULT.dropout,
+    learning_rate: Annotated[float, typer.Option("--lr", help="The largest learning rate.")] = DEFAULT.learning_rate,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which it rises.")] = DEFAULT.warmup_ratio,
+    schedule: Annotated[
+        str, typer.Option(metavar="cosine|linear|constant", help="How it falls after.")
+    ] = DEFAULT.schedule,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = DEFAULT.epochs,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per process and forward.")] = DEFAULT.batch_size,
+    accumulation: Annotated[int, typer.Option(help="Forwards per step.")] = DEFAULT.gradient_accumulation,
+    max_length: Annotated[int, typer.Option(help="Tokens per sample; longer ones are left out.")] = 32768,
+    packing: Annotated[bool, typer.Option("--packing", help="The samples of a batch in one row.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for activations, more time.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of weights, order and dropout.")] = DEFAULT.seed,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = DEFAULT.save_steps,
+) -> None:
+    """Train a LoRA adapter that makes up for a recipe's missing attention.
+
+    Prompts slide and answers attend to everything, as in generation. The defaults
+    are those of the SWAA paper. The adapter is written to OUT/adapter, with the
+    recipe beside it; 'swaa-flex merge' makes a plain model of it.
+
+    A run that was interrupted goes on from its last checkpoint when it is started
+    again.
+
+    [bold]Examples[/]
+
+      swaa-flex finetune Qwen/Qwen3-4B-Instruct-2507 train.jsonl run --recipe quality
+      accelerate launch --config_file fsdp.yaml -m swaa_flex finetune MODEL train.jsonl run
+    """
+    config = train.TuningConfig(
+        objective=objective,
+        rank=rank,
+        scale=scale,
+        target_modules=tuple(name.strip() for name in targets.split(",") if name.strip()),
+        dropout=dropout,
+        learning_rate=learning_rate,
+        warmup_ratio=warmup,
+        schedule=schedule,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        gradient_accumulation=accumulation,
+        packing=packing,
+        gradient_checkpointing=checkpointing,
+        seed=seed,
+        save_steps=save_steps,
+    )
+    chosen = _recipe(recipe)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    loaded, tokenizer = checkpoint.load(model)
+    examples = _examples(data, tokenizer, max_length)
+    others = _examples(held_out, tokenizer, max_length) if held_out else []
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    train.finetune(adapt(loaded, chosen), examples, out, held_out=others, config=config, pad_token_id=pad or 0)
+    _say(f"{len(examples)} samples, wrote {out / adapters.ADAPTER}")
+
+
+def merge(
+    model: Annotated[str, typer.Argument(help="The base model: a folder, a GGUF file, or a name on the Hub.")],
+    adapter: Annotated[Path, typer.Argument(help="The folder of the adapter.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="The recipe of an adapter that does not bring its own: a name or a .json file.")
+    ] = None,
+) -> None:
+    """Fold an adapter into its base model: a plain model, with the recipe in its config.
+
+    AutoModelForCausalLM.from_pretrained(OUT, attn_implementation="swaa_flex") loads it.
+    """
+    loaded, tokenizer = checkpoint.load(model)
+    tuned = adapters.load_adapter(loaded, adapter, None if recipe is None else _recipe(recipe))
+    adapters.merge(tuned, out)
+    tokenizer.save_pretrained(out)
+    typer.echo(f"wrote {out}")
+
+
+def _recipe(name: str) -> str | SWAAConfig | dict[str, Any]:
+    if not name.endswith(".json"):
+        recipes.get(name)
+        return name
+    try:
+        fields = json.loads(Path(name).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--recipe {name}: expected a JSON file with the fields of a SWAAConfig ({error})"
+        ) from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"--recipe {name}: expected a JSON object with the fields of a SWAAConfig")
+    return fields
+
+
+def _examples(data: Path, tokenizer: Any, max_length: int) -> list[Example]:
+    samples, left_out = read_samples(data)
+    examples: list[Example] = []
+    for sample in samples:
+        messages = sample.messages
+        if messages[-1]["role"] != "assistant" and sample.answer is not None:
+            messages = (*messages, {"role": "assistant", "content": sample.answer})
+        try:
+            examples += _encoded(tokenizer, messages)
+        except ConfigError as error:
+            left_out.append(f"row {sample.row}: {error}")
+    examples, too_long = fit(examples, max_length)
+    left_out += too_long
+    if left_out:
+        _say(f"{len(left_out)} rows of {data} are left out:")
+        for line in left_out[:SHOWN]:
+            _say(f"  {line}")
+        if len(left_out) > SHOWN:
+            _say(f"  and {len(left_out) - SHOWN} more")
+    if not examples:
+        raise ConfigError(
+            f"{data}: no row is left; expected chat messages that end with an answer, or prompt and answer"
+        )
+    return examples
+
+
+def _encoded(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[Example]:
+    """One example per conversation, or one per answer if the template shows earlier answers in another form."""
+    try:
+        return [encode(tokenizer, messages)]
+    except ConfigError:
+        return encode_each(tokenizer, messages)
+
+
+def _say(text: str) -> None:
+    """Prints in the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        typer.echo(text, err=True)

@@ -1,0 +1,108 @@
+"""LoRA adapters together with the recipe they were trained for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig
+
+from .. import recipes
+from ..config import SWAAConfig
+from ..errors import ConfigError
+from ..files import write_atomically
+from ..hf.adapt import adapt
+from ..hf.config import swaa_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ADAPTER = "adapter"
+RECIPE = "swaa_config.json"
+_REFERENCE = "sliding_window_size"  # a key that only the reference implementation's dicts have
+
+
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, swaa: str | SWAAConfig | Mapping[str, Any] | None = None
+) -> PeftModel:
+    """Puts a LoRA adapter on its base model, under the recipe it was trained for.
+
+    Adapters of `finetune` bring their recipe in `swaa_config.json`. Others, such as those that the paper's authors
+    released, take it from `swaa`.
+
+    Args:
+        model: the base model, with whatever attention it was loaded.
+        folder: an adapter in peft's layout (`adapter_config.json` and weights).
+        swaa: a recipe name, a `SWAAConfig`, its fields as a dict, or a dict of the reference implementation
+            (`sliding_window_size`, `keep_first`, `force_fa_decode`, `non_sliding_layers`); None for the adapter's own.
+
+    Returns:
+        The model with the adapter, ready for generation.
+
+    Raises:
+        ConfigError: if there is no adapter, no recipe, or the adapter is for another model.
+        ImportError: if peft is not installed.
+    """
+    folder = Path(folder)
+    described = folder / "adapter_config.json"
+    if not described.is_file():
+        raise ConfigError(f"{folder}: expected a LoRA adapter in peft's layout, but there is no adapter_config.json")
+    adapt(model, _recipe(model, folder, swaa))
+    try:
+        tuned: PeftModel = peft().PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError) as error:
+        targets = json.loads(described.read_text()).get("target_modules")
+        base = json.loads(described.read_text()).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{folder}: the adapter does not fit this model ({model.config.model_type}); it is for {base} and its "
+            f"layers {targets}"
+        ) from error
+    return tuned
+
+
+def merge(tuned: PeftModel, folder: str | Path) -> PreTrainedModel:
+    """Folds an adapter into its base model and saves a plain one, with the recipe in its config.
+
+    `AutoModelForCausalLM.from_pretrained(folder, attn_implementation="swaa_flex")` then runs it under the recipe.
+
+    Args:
+        tuned: what `finetune` or `load_adapter` returned; not to be used afterwards.
+        folder: where to save.
+
+    Returns:
+        The merged model.
+    """
+    merged: PreTrainedModel = tuned.merge_and_unload()
+    merged.save_pretrained(folder)
+    return merged
+
+
+def save_swaa(config: PreTrainedConfig, folder: Path) -> None:
+    """Writes the recipe of a model beside its adapter."""
+    write_atomically(folder / RECIPE, json.dumps(swaa_of(config).to_dict(), indent=2) + "\n")
+
+
+def _recipe(model: PreTrainedModel, folder: Path, swaa: str | SWAAConfig | Mapping[str, Any] | None) -> SWAAConfig:
+    text = model.config.get_text_config()
+    if swaa is None:
+        if not (folder / RECIPE).is_file():
+            raise ConfigError(
+                f"{folder} does not say which recipe it was trained for (there is no {RECIPE}); say so with "
+                "swaa=SWAAConfig(...) or swaa={'sliding_window_size': 2048, ...}"
+            )
+        swaa = json.loads((folder / RECIPE).read_text())
+    if isinstance(swaa, Mapping) and _REFERENCE in swaa:
+        return SWAAConfig.from_reference(swaa, text.num_hidden_layers)
+    return recipes.coerce(swaa if isinstance(swaa, (str, SWAAConfig)) else dict(swaa), text.model_type)
+
+
+def peft() -> Any:
+    """The package peft, which is optional."""
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("fine-tuning takes the package peft: pip install 'swaa-flex[tune]'")
+    return importlib.import_module("peft")

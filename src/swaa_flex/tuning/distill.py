@@ -1,0 +1,459 @@
+"""Self-distillation: a model writes the answers that it is then fine-tuned on, before its attention is changed.
+
+The recipe of the SWAA paper (arXiv 2512.10411): a few answers per prompt, sampled at temperature 1 with full
+attention, of which the right ones are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import GenerationConfig
+
+from .. import recipes
+from ..errors import ConfigError, did_you_mean
+from ..hf import NAME
+from ..hf.config import swaa_of
+from .data import Sample, opened_thinking, prompt_ids
+
+Judge = Callable[[Sample, str], bool | float]
+"""Says how good an answer is: positive or True if it may be kept, the larger the better."""
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a distillation came to.
+
+    Attributes:
+        rows: Prompts that were to be answered.
+        answered: Prompts with at least one answer that ended before `max_new_tokens`.
+        kept: Answers that were written.
+        path: The file they are in.
+        resumed: Prompts whose answers were taken over from an interrupted run.
+    """
+
+    rows: int
+    answered: int
+    kept: int
+    path: Path
+    resumed: int
+
+
+def distill(
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    out: str | Path,
+    *,
+    n: int = 4,
+    temperature: float = 1.0,
+    max_new_tokens: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+    keep: int = 1,
+    judge: str | Judge = "contains",
+    template: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> DistillResult:
+    """Lets a model answer prompts with full attention, and writes the best answers as fine-tuning data.
+
+    Answers are sampled from the model's whole distribution, whatever its generation config says. Each kept one becomes
+    a JSON line with `messages` (the prompt, then the answer, with its thinking), `answer` (the reference), `question`,
+    `row` and `score`, in the order of the samples. Answers cut off at `max_new_tokens`, empty ones and repetitions are
+    not kept.
+
+    After each batch its answers are on disk, in `OUT.partial`. The same call after an interruption goes on from there
+    and ends with the same file, byte for byte.
+
+    Args:
+        model: a causal language model of transformers. If it runs under "swaa_flex", it does so with full attention
+            meanwhile; its configuration, its mode and the random state are put back.
+        tokenizer: of the model.
+        samples: what to answer: their `prompt`.
+        out: the file to write, `.jsonl`.
+        n: answers per prompt.
+        temperature: of the sampling; 0 is greedy.
+        max_new_tokens: tokens that an answer may have, thinking included.
+        batch_size: prompts at a time, so `batch_size * n` answers.
+        seed: of the sampling.
+        keep: answers per prompt to keep at most, those that score best, earlier ones first.
+        judge: which answers are right. "contains": the reference occurs in the answer; "exact": it is the answer (both
+            in any case and spacing, without the thinking). "none": all, and a cut-off one where there is no other,
+            which scores 0. Or a function of the sample and the answer that returns a bool or a score, positive if
+            right.
+        template: further arguments of `apply_chat_template`, such as `{"enable_thinking": False}`.
+        overwrite: replace `out` if it exists, and what an interrupted run with other settings left.
+        progress: show a progress bar, if stderr is a terminal.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ConfigError: if a setting is wrong, a sample has no reference to judge by, `out` exists, or `OUT.partial` is
+            that of a run with other settings, samples, model or versions.
+    """
+    out = Path(out)
+    _check(samples, out, n, temperature, max_new_tokens, batch_size, keep)
+    scored = _judge(judge, samples)
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists; name another file, or have it replaced with overwrite=True (--overwrite)")
+    ends = _ends(model, tokenizer)
+    template = dict(template or {})
+    settings = {
+        "n": n,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "seed": seed,
+        "keep": keep,
+        "judge": judge if isinstance(judge, str) else getattr(judge, "__qualname__", type(judge).__qualname__),
+        "template": _hash(template),
+        "samples": _hash([asdict(sample) for sample in samples]),
+        "tokenizer": _hash([tokenizer.chat_template, prompt_ids(tokenizer, samples[0].prompt, **template), ends]),
+        **_fingerprint(model),
+    }
+    pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=n,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        do_sample=temperature > 0,
+        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+    )
+    groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    with _Partial(out.with_name(f"{out.name}.partial"), settings, overwrite) as partial:
+        resumed = len(partial.batches)
+        if resumed < len(groups):
+            with _as_trained(model, generation), _bar(len(samples), progress) as done:
+                done(resumed * batch_size)
+                for number in range(resumed, len(groups)):
+                    _seed(seed, number)
+                    group = groups[number]
+                    answers = _answers(model, tokenizer, group, pad, ends, template)
+                    partial.append(_kept(group, answers, scored, keep, last_resort=judge == "none"))
+                    done(len(group))
+        _write(out, groups, partial.batches)
+    partial.path.unlink()
+    return DistillResult(
+        rows=len(samples),
+        answered=sum(batch["answered"] for batch in partial.batches),
+        kept=sum(len(batch["kept"]) for batch in partial.batches),
+        path=out,
+        resumed=sum(map(len, groups[:resumed])),
+    )
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+    ended: bool
+
+
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    group: Sequence[Sample],
+    pad: int,
+    ends: Sequence[int],
+    template: Mapping[str, Any],
+) -> list[list[_Answer]]:
+    """The answers to each sample of a batch."""
+    prompts = [prompt_ids(tokenizer, sample.prompt, **template) for sample in group]
+    longest = max(map(len, prompts))
+    padded = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    written = model.generate(
+        input_ids=torch.tensor(padded, device=model.device), attention_mask=torch.tensor(mask, device=model.device)
+    )[:, longest:].tolist()
+    n = len(written) // len(group)
+    return [
+        [
+            _answer(tokenizer, tokens, ends, opened_thinking(tokenizer, sample.prompt, **template))
+            for tokens in written[place * n : (place + 1) * n]
+        ]
+        for place, sample in enumerate(group)
+    ]
+
+
+def _answer(tokenizer: Any, tokens: list[int], ends: Sequence[int], opening: str) -> _Answer:
+    length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    # As written, to the letter: it is tokenised again for the training.
+    text = tokenizer.decode(tokens[:length], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return _Answer(opening + text, ended=length < len(tokens))
+
+
+def _kept(
+    group: Sequence[Sample], answers: Sequence[Sequence[_Answer]], scored: Judge, keep: int, *, last_resort: bool
+) -> dict[str, Any]:
+    """The answers of a batch that are kept, as place in the batch, text and score."""
+    kept: list[tuple[int, str, float]] = []
+    answered = 0
+    for place, (sample, of_sample) in enumerate(zip(group, answers, strict=True)):
+        answered += any(answer.ended for answer in of_sample)
+        texts = dict.fromkeys(answer.text for answer in of_sample if answer.ended and answer.text.strip())
+        scores = {text: float(scored(sample, text)) for text in texts}
+        best = sorted((text for text in texts if scores[text] > 0), key=lambda text: -scores[text])
+        kept += [(place, text, scores[text]) for text in best[:keep]]
+        if last_resort and not best:
+            kept += [(place, answer.text, 0.0) for answer in of_sample if answer.text.strip()][:1]
+    return {"answered": answered, "kept": kept}
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer."""
+    of_model = model.generation_config.eos_token_id
+    ends = {*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id} - {None}
+    if not ends:
+        raise ConfigError("neither the model nor the tokenizer has an end-of-text token; set tokenizer.eos_token")
+    return sorted(ends)
+
+
+@contextmanager
+def _as_trained(model: Any, generation: GenerationConfig) -> Iterator[None]:
+    """Full attention, evaluation mode and our own sampling; afterwards, and after an error, all as before."""
+    before = model.generation_config, model.config.swaa
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    windowed = model.config._attn_implementation == NAME
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            if windowed:
+                model.config.swaa = replace(recipes.get("full"), backend=swaa_of(model.config).backend)
+            # Swapped, not passed: transformers fills in what a passed one leaves open from the model's own.
+            model.generation_config = generation
+            model.eval()
+            yield
+    finally:
+        model.generation_config = before[0]
+        if windowed:
+            model.config.swaa = before[1]
+        for module, training in modes:
+            module.training = training
+
+
+def _seed(seed: int, batch: int) -> None:
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}:{batch}".encode()).digest()[:8]) >> 1)
+
+
+@contextmanager
+def _bar(rows: int, wanted: bool) -> Iterator[Callable[[int], None]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (wanted and console.is_terminal)) as bar:
+        task = bar.add_task("", total=rows)
+        yield lambda rows: bar.advance(task, rows)
+
+
+# --- judges --------------------------------------------------------------------------------------------------
+
+
+def _judge(judge: str | Judge, samples: Sequence[Sample]) -> Judge:
+    if callable(judge):
+        return judge
+    if judge not in _JUDGES:
+        raise ConfigError(
+            f"judge={judge!r}: expected {', '.join(_JUDGES)} or a function of sample and answer"
+            f"{did_you_mean(judge, _JUDGES)}"
+        )
+    without = [sample.row for sample in samples if not sample.answer]
+    if judge != "none" and without:
+        raise ConfigError(
+            f"judge={judge!r}: {len(without)} of {len(samples)} samples have no reference answer to judge by, first "
+            f"row {without[0]}; add 'answer' to them, leave them out, or keep answers unjudged with judge='none'"
+        )
+    return _JUDGES[judge]
+
+
+def _contains(sample: Sample, answer: str) -> bool:
+    reference = _plain(sample.answer or "")
+    # A word or a number, not a part of one. Scripts without blanks between words have no such ends.
+    begin = r"(?<![a-z0-9])(?<!\d[.,])" if reference[:1].isascii() and reference[:1].isalnum() else ""
+    end = r"(?![a-z0-9])(?![.,]\d)" if reference[-1:].isascii() and reference[-1:].isalnum() else ""
+    return bool(reference) and re.search(begin + re.escape(reference) + end, _plain(answer)) is not None
+
+
+def _exact(sample: Sample, answer: str) -> bool:
+    return _plain(sample.answer or "") == _plain(answer) != ""
+
+
+def _any(sample: Sample, answer: str) -> bool:
+    return True
+
+
+_JUDGES: dict[str, Judge] = {"contains": _contains, "exact": _exact, "none": _any}
+
+
+def _plain(text: str) -> str:
+    """What is said after the thinking, without case, emphasis, surplus space and punctuation at the ends."""
+    _, thought, after = text.rpartition("</think>")
+    said = after if thought else text.partition("<think>")[0]
+    folded = unicodedata.normalize("NFKC", said).casefold().translate(_SIMPLER)
+    return " ".join(folded.split()).strip(" .,;:!?\"'")
+
+
+_SIMPLER = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"", "*`")
+
+
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+class _Partial:
+    """The file of a run that is under way: a line that says which run it is, then a line per batch.
+
+    Each line ends with a newline, so one without is what a killed run was about to write.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool) -> None:
+        self.path = path
+        self.batches: list[dict[str, Any]] = []
+        header = json.dumps({_HEADER: settings}).encode() + b"\n"
+        found = path.read_bytes() if path.exists() else b""
+        complete = found[: found.rfind(b"\n") + 1]
+        try:
+            if complete:
+                self.batches = self._read(complete, settings)
+            elif not header.startswith(found):
+                raise self._refusal("it was not begun by this run")
+        except ConfigError:
+            if not overwrite:
+                raise
+            complete = b""
+        self._file = path.open("ab")
+        self._file.truncate(len(complete))
+        if not complete:
+            self._put(header)
+
+    def __enter__(self) -> _Partial:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, batch: dict[str, Any]) -> None:
+        """Adds a batch, which is on disk afterwards."""
+        self._put(json.dumps({"batch": len(self.batches), **batch}).encode() + b"\n")
+        self.batches.append(batch)
+
+    def _put(self, line: bytes) -> None:
+        self._file.write(line)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read(self, complete: bytes, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        try:
+            header, *batches = map(json.loads, complete.split(b"\n")[:-1])
+            before = header[_HEADER]
+            in_order = [batch["batch"] for batch in batches] == list(range(len(batches)))
+        except (ValueError, TypeError, KeyError) as error:
+            raise self._refusal("it is damaged, or not from swaa-flex distill") from error
+        settings = json.loads(json.dumps(settings))
+        others = [name for name in settings | before if settings.get(name) != before.get(name)]
+        if others:
+            changes = (
+                f"{name} was {before.get(name)!r} and is {settings.get(name)!r}"
+                if name not in _HASHED
+                else f"another {name}"
+                for name in others
+            )
+            raise self._refusal(f"it is from a run with other settings ({', '.join(changes)})")
+        if not in_order:
+            raise self._refusal("it is damaged: two runs wrote to it at once")
+        return batches
+
+    def _refusal(self, reason: str) -> ConfigError:
+        return ConfigError(
+            f"{self.path}: cannot go on from this file, {reason}; repeat the run that began it, delete it, or start "
+            "over with overwrite=True (--overwrite)"
+        )
+
+
+_HEADER = "swaa_flex_distill"
+_HASHED = ("template", "samples", "tokenizer", "model", "weights")
+
+
+def _write(out: Path, groups: Sequence[Sequence[Sample]], batches: Sequence[Mapping[str, Any]]) -> None:
+    """The final file, whole or not at all."""
+    temporary = out.with_name(f"{out.name}.tmp")
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for group, batch in zip(groups, batches, strict=True):
+            for place, text, score in batch["kept"]:
+                sample = group[place]
+                row = {
+                    "messages": [*sample.prompt, {"role": "assistant", "content": text}],
+                    "answer": sample.answer,
+                    "question": sample.question,
+                    "row": sample.row,
+                    "score": score,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, out)
+
+
+def _fingerprint(model: Any) -> dict[str, str]:
+    """What the answers of a model depend on, apart from what it is asked."""
+    config = model.config.to_dict()
+    for name in ("swaa", "_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    probe = [
+        parameter.detach().flatten()[:8].double().tolist()
+        for parameter in model.parameters()
+        if parameter.device.type != "meta"
+    ]
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    return {
+        "model": _hash(config),
+        "weights": _hash(probe),
+        "attention": model.config._attn_implementation,
+        "dtype": str(model.dtype),
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _check(
+    samples: Sequence[Sample], out: Path, n: int, temperature: float, max_new_tokens: int, batch_size: int, keep: int
+) -> None:
+    if not samples:
+        raise ConfigError("samples: there are none; read some with read_samples")
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"{out}: expected a file that ends in .jsonl, which is what is written")
+    for name, value in {"n": n, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "keep": keep}.items():
+        if value < 1:
+            raise ConfigError(f"{name}={value}: expected at least 1")
+    if keep > n:
+        raise ConfigError(f"keep={keep}: expected at most n={n}, the answers there are; raise n")
+    if not 0 <= temperature < math.inf:
+        raise ConfigError(f"temperature={temperature}: expected at least 0; 1 is the model's own distribution")
+    if temperature == 0 and n > 1:
+        raise ConfigError(
+            f"temperature=0: all n={n} answers to a prompt would be the same; take n=1, or temperature=1"
+        )

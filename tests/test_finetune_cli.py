@@ -1,0 +1,88 @@
+"""`swaa-flex finetune` and `merge`, from a file of answers to a plain model."""
+
+import json
+
+import pytest
+import torch
+from test_distill import tiny_model, words_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from swaa_flex import SWAAConfig
+from swaa_flex.cli import app
+from swaa_flex.tuning import load_adapter, prompt_ids
+
+pytest.importorskip("peft")
+
+RECIPE = SWAAConfig(4, 1, (1,), True, 2)
+QUESTION = "red green blue one two three red"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model().save_pretrained(folder / "model")
+    words_tokenizer().save_pretrained(folder / "model")
+    (folder / "recipe.json").write_text(json.dumps(RECIPE.to_dict()))
+    rows = [{"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "blue"}]}] * 8
+    rows += [{"prompt": QUESTION, "question": "which", "answer": "blue"}, {"prompt": ""}]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(folder):
+    done = run(
+        *("finetune", folder / "model", folder / "train.jsonl", folder / "run", "--recipe", folder / "recipe.json"),
+        *("--epochs", 12, "--batch-size", 3, "--accumulation", 1, "--lr", 0.02, "--held-out", folder / "train.jsonl"),
+        *("--save-steps", 30),
+    )
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_finetune_writes_an_adapter_that_has_learned_the_answers(folder, tuned):
+    assert "1 rows of" in tuned and "row 9" in tuned  # the empty prompt
+    assert "held-out loss" in tuned and "tokens/s" in tuned
+    assert f"9 samples, wrote {folder / 'run' / 'adapter'}" in tuned
+    assert json.loads((folder / "run" / "adapter" / "swaa_config.json").read_text()) == RECIPE.to_dict()
+    model = load_adapter(AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "run" / "adapter").eval()
+    assert answer(model, folder) == "blue <end>"
+
+
+def test_merge_writes_a_plain_model_with_the_recipe(folder, tuned):
+    done = run("merge", folder / "model", folder / "run" / "adapter", folder / "merged")
+    assert done.exit_code == 0, done.output
+    model = AutoModelForCausalLM.from_pretrained(folder / "merged", attn_implementation="swaa_flex").eval()
+    assert model.config.swaa == RECIPE.to_dict()
+    assert answer(model, folder) == "blue <end>"
+    assert AutoTokenizer.from_pretrained(folder / "merged").chat_template
+
+
+def answer(model, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids = torch.tensor([prompt_ids(tokenizer, [{"role": "user", "content": QUESTION}])])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+    return tokenizer.decode(out[0, ids.shape[1] :])
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        (("--recipe", "qality"), "did you mean 'quality'"),
+        (("--recipe", "nowhere.json"), "--recipe nowhere.json: expected a JSON file with the fields"),
+        (("--targets", "q_proj,w_proj"), "no linear layer 'w_proj'"),
+        (("--objective", "dpo"), "objective='dpo': expected one of ce, kl"),
+        (("--max-length", "3"), "no row is left"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_wrong_options_are_one_red_line(folder, tmp_path, changed, problem):
+    done = run("finetune", folder / "model", folder / "train.jsonl", tmp_path / "run", *changed)
+    assert done.exit_code == 1
+    assert problem in done.output
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,269 @@
+"""Fine-tuning on a tiny model: what it learns, what it writes, and that it can be killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_distributed import run_in_processes
+from test_models import tiny
+from transformers import AutoModelForCausalLM
+
+import swaa_flex
+from swaa_flex import ConfigError, SWAAConfig
+from swaa_flex.tuning import LAUNCH, Example, TuningConfig, finetune, full_attention, load_adapter, merge
+
+peft = pytest.importorskip("peft")
+
+RECIPE = SWAAConfig(sliding_window=8, sink_tokens=2, full_attention_layers=[1], dense_tail=4)
+FAST = {"learning_rate": 0.02, "gradient_accumulation": 2, "dropout": 0.0, "log_steps": 1}
+
+
+def examples(count, seed=0):
+    """The answer repeats the second token of the prompt, which the window does not reach from there."""
+    made = []
+    for number in range(count):
+        chosen = torch.Generator().manual_seed(seed * 1000 + number)
+        ids = torch.randint(3, 99, (20 + number % 7,), generator=chosen).tolist()
+        made.append(Example(ids + [ids[1]] * 3, [False] * len(ids) + [True] * 3))
+    return made
+
+
+def adapted(recipe=RECIPE):
+    return swaa_flex.adapt(tiny("llama"), recipe)
+
+
+def loss(model, given):
+    total = count = 0
+    with torch.no_grad():
+        for example in given:
+            ids = torch.tensor([example.input_ids])
+            labels = torch.where(torch.tensor([example.decode_rows]), ids, -100)
+            answers = int((labels != -100).sum())
+            total += float(model(input_ids=ids, labels=labels).loss) * answers
+            count += answers
+    return total / count
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_cross_entropy_falls(tmp_path, packing):
+    model, given = adapted(), examples(8)
+    before = loss(model, given)
+    config = TuningConfig(epochs=8, batch_size=4, packing=packing, **FAST)
+    assert loss(finetune(model, given, tmp_path, config=config, quiet=True).eval(), given) < before / 2
+    assert model.config.swaa == RECIPE.to_dict()
+
+
+def test_the_divergence_from_full_attention_falls(tmp_path):
+    model, given = adapted(SWAAConfig(4, 0, (), False, 0)), examples(8)
+    teacher = swaa_flex.restore(adapted()).eval()
+
+    @torch.no_grad()
+    def divergence():
+        total = 0.0
+        for example in given:
+            ids, length = torch.tensor([example.input_ids]), len(example.input_ids) - 3
+            ours = model(ids, prompt_lengths=length).logits[:, length - 1 : -1].log_softmax(-1)
+            full = teacher(ids).logits[:, length - 1 : -1].log_softmax(-1)
+            total += float((full.exp() * (full - ours)).sum())
+        return total
+
+    before = divergence()
+    config = TuningConfig("kl", epochs=10, batch_size=4, **FAST | {"learning_rate": 5e-3})
+    finetune(model, given, tmp_path, config=config, quiet=True).eval()
+    assert divergence() < before / 2
+
+
+def test_steps_equal_a_loop_over_single_samples(tmp_path):
+    """One step of a batch of 4 in two forwards is one step of the mean over their answer tokens."""
+    given = examples(4)
+    config = TuningConfig(max_steps=1, batch_size=2, schedule="constant", warmup_ratio=0, **FAST)
+    finetune(adapted(), given, tmp_path, config=config, quiet=True)
+    ours = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+    lora = peft.LoraConfig(
+        r=16, lora_alpha=128, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=0, task_type="CAUSAL_LM"
+    )
+    base = adapted()
+    torch.manual_seed(config.seed)
+    model = peft.get_peft_model(base, lora).train()
+    count = sum(sum(e.decode_rows) for e in given)
+    for example in given:
+        ids = torch.tensor([example.input_ids])
+        labels = torch.where(torch.tensor([example.decode_rows]), ids, -100)
+        answers = sum(example.decode_rows)
+        (model(input_ids=ids, labels=labels).loss * answers / count).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0).step()
+    theirs = peft.get_peft_model_state_dict(model)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-3, rtol=1e-3, msg=name)
+
+
+def test_held_out_losses_are_stated_under_the_recipe_and_under_full_attention(tmp_path, capfd):
+    model, held_out = adapted(), examples(5, seed=1)
+    config = TuningConfig(max_steps=2, save_steps=2, batch_size=2, **FAST)
+    tuned = finetune(model, examples(8), tmp_path, held_out=held_out, config=config).eval()
+    said = capfd.readouterr().err
+    swaa = loss(tuned, held_out)
+    with full_attention(model.config):
+        full = loss(tuned, held_out)
+    assert abs(swaa - full) > 1e-3
+    assert f"held-out loss {swaa:.4f}, with full attention {full:.4f}" in said
+    assert "step 1/2  loss " in said and "tokens/s" in said
+
+
+def test_checkpointed_and_plain_tuning_agree(tmp_path):
+    weights = []
+    for checkpointing in (False, True):
+        config = TuningConfig(max_steps=2, gradient_checkpointing=checkpointing, **FAST)
+        finetune(adapted(), examples(4), tmp_path / str(checkpointing), config=config, quiet=True)
+        weights.append(load_file(tmp_path / str(checkpointing) / "adapter" / "adapter_model.safetensors"))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=1e-3, rtol=1e-3)
+
+
+def test_the_adapter_brings_its_recipe_and_merges_into_a_plain_model(tmp_path):
+    tuned = finetune(
+        adapted(), examples(8), tmp_path / "run", config=TuningConfig(max_steps=3, **FAST), quiet=True
+    ).eval()
+    ids = torch.randint(3, 99, (1, 60))
+    with torch.no_grad():
+        expected = tuned(input_ids=ids).logits
+        plain = tiny("llama")
+        plain.set_attn_implementation("sdpa")
+        loaded = load_adapter(plain, tmp_path / "run" / "adapter").eval()
+        assert loaded.config.swaa == RECIPE.to_dict()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+        merge(loaded, tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="swaa_flex").eval()
+        assert merged.config.swaa == RECIPE.to_dict()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_in_the_layout_of_the_released_ones_takes_the_recipe_it_is_told(tmp_path):
+    """LoRA on q, k and v, rank 16, rank-stabilised, alpha 32: as the paper's code saves it, without a recipe."""
+    lora = peft.LoraConfig(
+        r=16, lora_alpha=32, use_rslora=True, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    trained = peft.get_peft_model(tiny("llama"), lora)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)
+    trained.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"does not say which recipe.*sliding_window_size"):
+        load_adapter(tiny("llama"), tmp_path)
+    reference = {"sliding_window_size": 8, "keep_first": 2, "force_fa_decode": True, "non_sliding_layers": [1, 3, 47]}
+    loaded = load_adapter(tiny("llama"), tmp_path, swaa=reference).eval()
+    assert loaded.config.swaa == SWAAConfig(8, 2, (1, 3), True, 0).to_dict()
+    assert loaded.base_model.model.model.layers[0].self_attn.q_proj.scaling == {"default": 8.0}
+    ids = torch.randint(3, 99, (1, 60))
+    with torch.no_grad():
+        same = swaa_flex.adapt(trained.eval().get_base_model(), SWAAConfig(8, 2, (1, 3), True, 0))
+        torch.testing.assert_close(loaded(input_ids=ids).logits, same(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"examples": []}, "expected at least one"),
+        ({"examples": [Example([5, 6, 7], [False] * 3)]}, r"examples\[0\]: none of its 3 tokens is an answer"),
+        ({"config": {"target_modules": ("q_porj",)}}, r"no linear layer 'q_porj'.*did you mean 'q_proj'"),
+        ({"config": {"objective": "dpo"}}, "objective='dpo': expected one of ce, kl"),
+        ({"config": {"rank": 0}}, "rank=0: expected a positive integer"),
+        ({"recipe": None}, r"attn_implementation='sdpa'.*swaa_flex.adapt"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, given, problem):
+    with pytest.raises(ConfigError, match=problem):
+        model = adapted() if given.get("recipe", RECIPE) else swaa_flex.restore(adapted())
+        config = TuningConfig(**given.get("config", {}))
+        finetune(model, given.get("examples", examples(2)), tmp_path, config=config, quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_another_run_is_refused_by_name(tmp_path):
+    finetune(adapted(), examples(2), tmp_path, config=TuningConfig(max_steps=1, **FAST), quiet=True)
+    with pytest.raises(ConfigError, match="holds a run with another config"):
+        finetune(adapted(), examples(2), tmp_path, config=TuningConfig(max_steps=2, **FAST), quiet=True)
+    with pytest.raises(ConfigError, match="holds a run with another examples"):
+        finetune(adapted(), examples(3), tmp_path, config=TuningConfig(max_steps=1, **FAST), quiet=True)
+
+
+# --- several processes ----------------------------------------------------------------------------------------
+
+SHARED = {"max_steps": 3, "save_steps": 3, **FAST}
+
+
+def history(folder):
+    """Losses of training and of held-out examples, as they were logged."""
+    logged = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    names = ("loss", "eval_loss", "eval_full_attention_loss")
+    return [(line["step"], name, line[name]) for line in logged for name in names if name in line]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_two_processes_have_the_losses_of_one(tmp_path, how):
+    launch = yaml.safe_load((LAUNCH / f"{how}.yaml").read_text())
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    if how == "fsdp":  # as `accelerate launch` hands it on, which itself starts one process only without a GPU
+        environment |= {"ACCELERATE_USE_FSDP": "true"}
+        environment |= {name.upper(): str(value) for name, value in launch["fsdp_config"].items()}
+    run_in_processes("tune_in_processes.py", tmp_path / "two", **environment)
+    for rank in range(2):
+        found = json.loads((tmp_path / "two" / f"{rank}.json").read_text())
+        assert found == {"sharded": how == "fsdp", "world": 2}
+    config = TuningConfig(batch_size=4, **SHARED)
+    finetune(adapted(), examples(16), tmp_path / "one", held_out=examples(5, 1), config=config, quiet=True)
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    assert [line[:2] for line in one] == [line[:2] for line in two] and len(one) == 5
+    torch.testing.assert_close([line[2] for line in two], [line[2] for line in one], atol=1e-3, rtol=1e-3)
+    ours, theirs = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("two", "one"))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3)
+
+
+# --- killed and started again ---------------------------------------------------------------------------------
+
+KILLED = {"max_steps": 12, "save_steps": 2, "batch_size": 2, "learning_rate": 0.01, "log_steps": 1, "dropout": 0.1}
+
+
+def run(folder):
+    """What the processes below do."""
+    finetune(adapted(), examples(30), folder, config=TuningConfig(**KILLED), quiet=True)
+
+
+def start(folder):
+    code = "import sys; sys.path.insert(0, 'tests'); import test_tuning; test_tuning.run(sys.argv[1])"
+    return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parents[1])
+
+
+def test_a_killed_run_goes_on_to_the_same_adapter(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run(whole)
+    process = start(killed)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("checkpoint-4*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "adapter").exists()
+    # A checkpoint that was cut off while it was written is passed over.
+    torn = killed / "checkpoint-11"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"global_step": 1')
+    run(killed)
+    assert json.loads((killed / "run.json").read_text()) == json.loads((whole / "run.json").read_text())
+    for name in ("adapter_config.json", "adapter_model.safetensors", "swaa_config.json"):
+        assert (killed / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes(), name
