@@ -293,15 +293,20 @@ def _kernel_options(query: Tensor, key: Tensor, segment: Segment, is_slice: bool
 
 
 def _prefill_options(query: Tensor, key: Tensor) -> dict[str, Any]:
-    """What is fastest by measurement (benchmarks/kernel_options.py; sm90), the defaults of FlexAttention elsewhere."""
+    """What is fastest by measurement (benchmarks/kernel_options.py; sm90), the defaults of FlexAttention elsewhere.
+
+    In a compiled graph they are the defaults too: there inductor sees whether lengths are whole blocks, and in a model
+    of the shape of Qwen3 a kernel failed with these options on an H200 ("misaligned address", torch 2.11).
+    """
     options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if torch.compiler.is_compiling():
+        return options
     if query.dtype.itemsize == 2 and 64 < query.shape[3] <= 128 and backends.is_hopper(query.device.index):
         # Two programs per processor hide each other's softmax; loads by TMA leave registers for that, and reach
         # beyond 2^31 elements, where plain ones overflow.
         options |= {"fwd_USE_TMA": True, "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}
         options |= {"fwd_num_stages": 3, "fwd_num_warps": 4}
-    # In a compiled graph inductor sees whether lengths are whole blocks; elsewhere one kernel is for all lengths.
-    if not torch.compiler.is_compiling() and query.shape[2] % BLOCK_SIZE == 0 and key.shape[2] % BLOCK_SIZE == 0:
+    if query.shape[2] % BLOCK_SIZE == 0 and key.shape[2] % BLOCK_SIZE == 0:  # one kernel is for all lengths
         options["IS_DIVISIBLE"] = True
     return options
 
