@@ -7,6 +7,7 @@ import torch
 from conftest import dense_attention, visible_pairs
 from test_hf import CONFIG
 from test_models import batch, tiny
+from test_training import ARRANGED, gradients, loss_of, sample
 from torch.nn.attention.flex_attention import create_block_mask
 
 import swaa_flex
@@ -454,3 +455,31 @@ def test_an_offloaded_cache_gives_the_same_tokens(config, max_length):
         layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(1_000_000))
     cache = SWAACache(model.config, max_length=max_length, offloading=True)
     assert torch.equal(model.generate(**kwargs, past_key_values=cache, disable_compile=True), expected)
+
+
+# --- training ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arranged", ARRANGED)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [
+        ("triton", torch.float32, 1e-3),
+        ("triton", torch.bfloat16, 3e-2),
+        pytest.param("flash", torch.bfloat16, 3e-2, marks=flash),
+    ],
+    ids=str,
+)
+def test_training_on_the_gpu_has_the_losses_and_gradients_of_the_cpu(backend, dtype, tolerance, arranged):
+    model = tiny("llama", head_dim=32).train()
+    samples = [sample(parts) for parts in [(200, 40), (90, 30, 60, 20), (300, 10), (2, 90, 3, 4)]]
+    inputs = ARRANGED[arranged](samples)
+    swaa_flex.adapt(model, SWAAConfig(48, 5, [1], True, 4))
+    expected_loss, _ = loss_of(model, inputs)
+    expected = gradients(model, expected_loss)
+    swaa_flex.adapt(model.to("cuda", dtype), SWAAConfig(48, 5, [1], True, 4, backend=backend))
+    ours, _ = loss_of(model, {name: tensor.cuda() for name, tensor in inputs.items()})
+    assert abs(float(ours) / float(expected_loss) - 1) < tolerance
+    for name, gradient in gradients(model, ours).items():
+        difference = (gradient.float().cpu() - expected[name]).norm() / expected[name].norm()
+        assert difference < 3 * tolerance, (name, float(difference))
