@@ -52,7 +52,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def tests_oldest(session: nox.Session) -> None:
     """Run the tests that touch transformers on the oldest supported one."""
-    names = ("models", "hf", "cache", "compiled", "smollm2", "docs")
+    names = ("models", "hf", "cache", "compiled", "training", "smollm2", "docs")
     paths = tuple(f"tests/test_{name}.py" for name in names)
     run_tests(session, f"transformers=={OLDEST_TRANSFORMERS}", paths=paths)
 
@@ -84,5 +84,5 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Each benchmark against what one would use instead; `-- --quick` for small sizes."""
     install(session, ".[plot]")
-    for name in ("block_mask", "prefill_kernel", "overhead", "model", "decode", "startup"):
+    for name in ("block_mask", "prefill_kernel", "overhead", "model", "decode", "startup", "training"):
         session.run("python", f"benchmarks/{name}.py", *session.posargs)

@@ -347,7 +347,7 @@ def _with_adapter(model: PreTrainedModel, config: TuningConfig) -> PeftModel:
 
 
 def _arguments(folder: Path, config: TuningConfig, evaluates: bool) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
@@ -371,6 +371,9 @@ def _arguments(folder: Path, config: TuningConfig, evaluates: bool) -> TrainingA
         remove_unused_columns=False,
         label_names=["labels"],
     )
+    if arguments.device.type == "cuda":
+        arguments._n_gpu = 1  # several GPUs take several processes, not transformers' threads
+    return arguments
 
 
 def _last_checkpoint(folder: Path) -> str | None:
