@@ -50,6 +50,7 @@ def test_finetune_writes_an_adapter_that_has_learned_the_answers(folder, tuned):
     assert "held-out loss" in tuned and "tokens/s" in tuned
     assert f"9 samples, wrote {folder / 'run' / 'adapter'}" in tuned
     assert json.loads((folder / "run" / "adapter" / "swaa_config.json").read_text()) == RECIPE.to_dict()
+    assert str(folder) not in "".join(path.read_text("latin1") for path in (folder / "run" / "adapter").iterdir())
     model = load_adapter(AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "run" / "adapter").eval()
     assert answer(model, folder) == "blue <end>"
 

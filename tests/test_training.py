@@ -1,14 +1,17 @@
 """Masks in training: losses and gradients against one sample at a time in a dense float64 model."""
 
 import copy
+import inspect
+import pickle
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module
 from reference import Reference
-from test_models import tiny
-from transformers import AttentionInterface, AttentionMaskInterface
+from test_models import SIZE, tiny
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForSequenceClassification
 
 import swaa_flex
 from swaa_flex import MaskError, SWAAConfig
@@ -175,6 +178,37 @@ def test_labels_are_read_through_peft_and_not_after_restore(model):
     torch.testing.assert_close(wrapped(input_ids=ids, labels=labels).loss, aware)
     swaa_flex.restore(model)
     assert "forward" not in vars(model)
+
+
+def test_labels_are_read_beside_hooks_of_accelerate_and_from_a_pickled_model(model):
+    ids, labels = (x[None] for x in sample((30, 9)))
+    aware, plain = model(ids, labels=labels).loss, swaa_flex.restore(copy.deepcopy(model))
+    add_hook_to_module(plain, ModelHook())
+    torch.testing.assert_close(swaa_flex.adapt(plain, RECIPES[0])(ids, labels=labels).loss, aware)
+    add_hook_to_module(model, ModelHook())
+    torch.testing.assert_close(model(ids, labels=labels).loss, aware)
+    for hooked in (plain, model):
+        full = swaa_flex.restore(hooked)(ids, labels=labels).loss
+        assert abs(full - aware) > 1e-4 and hooked._hf_hook
+    again = pickle.loads(pickle.dumps(swaa_flex.adapt(tiny("llama"), RECIPES[0]).train()))
+    torch.testing.assert_close(swaa_flex.adapt(again, RECIPES[0])(ids, labels=labels).loss, aware)
+
+
+def test_arguments_by_position_are_read_too(model):
+    batch = padded([sample((30, 9)), sample((50, 3))], "left")
+    expected = model(**batch).loss
+    torch.testing.assert_close(
+        model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss, expected
+    )
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    given = [batch.get(name) for name in names[: names.index("labels") + 1]]
+    torch.testing.assert_close(model(*given).loss, expected)
+
+
+def test_labels_of_other_tasks_are_left_alone():
+    config = LlamaConfig(**SIZE | {"num_labels": 2})
+    model = swaa_flex.adapt(LlamaForSequenceClassification(config), RECIPES[2]).eval()
+    assert model(torch.randint(3, 99, (2, 20)), labels=torch.tensor([0, 1])).loss > 0
 
 
 def test_a_copy_of_an_adapted_model_is_its_own(model):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import swaa_flex
 from swaa_flex import ConfigError, SWAAConfig
-from swaa_flex.tuning import LAUNCH, Example, TuningConfig, finetune, full_attention, load_adapter, merge
+from swaa_flex.tuning import LAUNCH, Example, TuningConfig, finetune, full_attention, load_adapter, merge, train
 
 peft = pytest.importorskip("peft")
 
@@ -180,6 +180,10 @@ def test_an_adapter_in_the_layout_of_the_released_ones_takes_the_recipe_it_is_to
         ({"config": {"target_modules": ("q_porj",)}}, r"no linear layer 'q_porj'.*did you mean 'q_proj'"),
         ({"config": {"objective": "dpo"}}, "objective='dpo': expected one of ce, kl"),
         ({"config": {"rank": 0}}, "rank=0: expected a positive integer"),
+        ({"config": {"max_steps": 1.5}}, "max_steps=1.5: expected a positive integer"),
+        ({"config": {"target_modules": "q_proj"}}, "target_modules='q_proj': expected a tuple"),
+        ({"examples": [Example([5, 6, 7, 8], [False, False, True])]}, "4 input_ids and 3 decode_rows"),
+        ({"examples": [Example([5, 6, 700], [False, False, True])]}, "token ids from 5 to 700, and the model has 99"),
         ({"recipe": None}, r"attn_implementation='sdpa'.*swaa_flex.adapt"),
     ],
     ids=str,
@@ -194,10 +198,70 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, given, proble
 
 def test_a_folder_of_another_run_is_refused_by_name(tmp_path):
     finetune(adapted(), examples(2), tmp_path, config=TuningConfig(max_steps=1, **FAST), quiet=True)
-    with pytest.raises(ConfigError, match="holds a run with another config"):
+    with pytest.raises(ConfigError, match=r"another run \(max_steps was 1 and is 2\)"):
         finetune(adapted(), examples(2), tmp_path, config=TuningConfig(max_steps=2, **FAST), quiet=True)
-    with pytest.raises(ConfigError, match="holds a run with another examples"):
+    with pytest.raises(ConfigError, match=r"another run \(examples was"):
         finetune(adapted(), examples(3), tmp_path, config=TuningConfig(max_steps=1, **FAST), quiet=True)
+    other = adapted()
+    with torch.no_grad():
+        other.lm_head.weight.zero_()
+    with pytest.raises(ConfigError, match=r"another run \(weights was"):
+        finetune(other, examples(2), tmp_path, config=TuningConfig(max_steps=1, **FAST), quiet=True)
+    # A finished run is not run again, and how often it saves does not matter.
+    config = TuningConfig(max_steps=1, **FAST | {"log_steps": 7})
+    again = finetune(adapted(), examples(2), tmp_path, config=config, quiet=True)
+    assert not again.training and again.config.swaa == RECIPE.to_dict()
+
+
+@pytest.mark.parametrize("broken", ["{", "[]"])
+def test_damaged_and_foreign_folders_are_refused(tmp_path, broken):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(broken)
+    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    for name, problem in (("run", "run.json is damaged"), ("other", "no run.json"), ("file", "is a file")):
+        with pytest.raises(ConfigError, match=problem):
+            finetune(adapted(), examples(2), tmp_path / name, config=TuningConfig(**FAST), quiet=True)
+
+
+def test_a_model_is_as_before_after_an_interruption_and_carries_one_adapter_only(tmp_path, monkeypatch):
+    model, ids = adapted(), torch.randint(3, 99, (1, 60))
+    expected = model(ids, prompt_lengths=60).logits
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Trainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(model, examples(2), tmp_path / "a", config=TuningConfig(**FAST), quiet=True)
+    assert not model.training and model.config.use_cache
+    torch.testing.assert_close(model(ids, prompt_lengths=60).logits, expected)
+    checkpointed = TuningConfig(gradient_checkpointing=True, max_steps=1, **FAST)
+    tuned = finetune(model, examples(2), tmp_path / "b", config=checkpointed, quiet=True)
+    assert not tuned.training and model.config.use_cache
+    assert model.generate(ids, max_new_tokens=2, use_cache=True, return_dict_in_generate=True).past_key_values
+    for again in (lambda: finetune(model, examples(2), tmp_path / "c"), lambda: load_adapter(model, tmp_path / "b")):
+        with pytest.raises(ConfigError, match="carries a LoRA adapter already"):
+            again()
+
+
+def test_adapters_that_do_not_fit_or_cannot_be_read_are_refused(tmp_path):
+    finetune(adapted(), examples(2), tmp_path, config=TuningConfig(max_steps=1, **FAST), quiet=True)
+    folder = tmp_path / "adapter"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "swaa_config.json",
+    ]
+    with pytest.raises(ConfigError, match=r"does not fit this model \(llama\).*Load the model again"):
+        load_adapter(tiny("llama", hidden_size=64), folder)
+    (folder / "swaa_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"swaa_config.json: expected a JSON object"):
+        load_adapter(tiny("llama"), folder)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has no weights"):
+        load_adapter(tiny("llama"), folder)
 
 
 # --- several processes ----------------------------------------------------------------------------------------
@@ -220,11 +284,11 @@ def test_two_processes_have_the_losses_of_one(tmp_path, how):
     if how == "fsdp":  # as `accelerate launch` hands it on, which itself starts one process only without a GPU
         environment |= {"ACCELERATE_USE_FSDP": "true"}
         environment |= {name.upper(): str(value) for name, value in launch["fsdp_config"].items()}
-    run_in_processes("tune_in_processes.py", tmp_path / "two", **environment)
+    run_in_processes("tune_in_processes.py", tmp_path / "two", PACKED=str(how == "ddp"), **environment)
     for rank in range(2):
         found = json.loads((tmp_path / "two" / f"{rank}.json").read_text())
         assert found == {"sharded": how == "fsdp", "world": 2}
-    config = TuningConfig(batch_size=4, **SHARED)
+    config = TuningConfig(batch_size=4, packing=how == "ddp", **SHARED)
     finetune(adapted(), examples(16), tmp_path / "one", held_out=examples(5, 1), config=config, quiet=True)
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     assert [line[:2] for line in one] == [line[:2] for line in two] and len(one) == 5
@@ -245,14 +309,15 @@ def run(folder):
 
 
 def start(folder):
-    code = "import sys; sys.path.insert(0, 'tests'); import test_tuning; test_tuning.run(sys.argv[1])"
-    return subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=Path(__file__).parents[1])
+    """In a process with one thread: sums must not depend on how many there are."""
+    code = "import sys, torch; torch.set_num_threads(1); sys.path.insert(0, 'tests'); import test_tuning; "
+    command = [sys.executable, "-c", f"{code} test_tuning.run(sys.argv[1])", str(folder)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_a_killed_run_goes_on_to_the_same_adapter(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(whole)
-    process = start(killed)
+    undisturbed, process = start(whole), start(killed)
     deadline = time.monotonic() + 120
     while not list(killed.glob("checkpoint-4*")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -263,7 +328,6 @@ def test_a_killed_run_goes_on_to_the_same_adapter(tmp_path):
     torn = killed / "checkpoint-11"
     torn.mkdir()
     (torn / "trainer_state.json").write_text('{"global_step": 1')
-    run(killed)
-    assert json.loads((killed / "run.json").read_text()) == json.loads((whole / "run.json").read_text())
-    for name in ("adapter_config.json", "adapter_model.safetensors", "swaa_config.json"):
-        assert (killed / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes(), name
+    assert start(killed).wait() == undisturbed.wait() == 0
+    for name in ("run.json", *(f"adapter/{path.name}" for path in (whole / "adapter").iterdir())):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name

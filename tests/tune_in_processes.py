@@ -25,7 +25,7 @@ if __name__ == "__main__":
                 self.distributed_type = DistributedType.MULTI_GPU
 
         PartialState.__init__ = on_gpus
-    config = TuningConfig(batch_size=2, **SHARED)
+    config = TuningConfig(batch_size=2, packing=os.environ["PACKED"] == "True", **SHARED)
     tuned = finetune(adapted(), examples(16), folder, held_out=examples(5, 1), config=config, quiet=True)
     sharded = any(isinstance(parameter, DTensor) for parameter in tuned.parameters())
     found = {"sharded": sharded, "world": torch.distributed.get_world_size()}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import recipes
 from ..config import SWAAConfig
+from .config import swaa_of
 from .labels import read_labels, read_labels_no_more
 from .mask import refuse_without_interface
 
@@ -74,6 +78,21 @@ def restore(model: ModelT) -> ModelT:
         if id(config) in before:
             config._attn_implementation_internal = before[id(config)]
     return model
+
+
+@contextlib.contextmanager
+def full_attention(config: PreTrainedConfig) -> Iterator[None]:
+    """Full attention in all layers of the model that runs with this config, for as long as the context lasts.
+
+    Args:
+        config: of a model under `attn_implementation="swaa_flex"`.
+    """
+    before = config.swaa
+    config.swaa = dataclasses.replace(recipes.get("full"), backend=swaa_of(config).backend)
+    try:
+        yield
+    finally:
+        config.swaa = before
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

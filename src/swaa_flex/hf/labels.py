@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -49,45 +50,62 @@ def decode_rows_of(labels: Tensor, attention_mask: Tensor | None = None, positio
 def read_labels(model: PreTrainedModel) -> None:
     """Makes forwards with labels know where prompts end, unless they are told otherwise.
 
-    The forward of this one model is wrapped, not hooked: peft calls it past the hooks.
+    The forward of this one model is wrapped, not hooked: peft calls it past the hooks. Models other than causal
+    language models, whose labels are something else, and those with a forward of somebody else's stay as they are.
     """
-    if "forward" not in model.__dict__:
-        vars(model)["forward"] = types.MethodType(_reading(type(model).forward), model)
+    plain = type(model).forward
+    if not {"labels", "logits_to_keep"} <= inspect.signature(plain).parameters.keys():
+        return
+    slot = _slot(model)
+    found = model.__dict__.get(slot)
+    # What pickle leaves of a wrapped forward is the plain one, as an attribute.
+    if found is None or getattr(found, "__func__", None) is plain:
+        vars(model)[slot] = types.MethodType(_reading(plain), model)
 
 
 def read_labels_no_more(model: PreTrainedModel) -> None:
     """Undoes `read_labels`."""
-    wrapped = model.__dict__.get("forward")
-    if getattr(wrapped, "reads_labels", False):
-        del vars(model)["forward"]
+    plain, slot = type(model).forward, _slot(model)
+    if getattr(model.__dict__.get(slot), "__func__", None) is _reading(plain):
+        del vars(model)[slot]
+        if slot != "forward":
+            vars(model)[slot] = types.MethodType(plain, model)
+
+
+def _slot(model: PreTrainedModel) -> str:
+    """The attribute that holds a model's own forward: another one if accelerate has put its hooks around it."""
+    return "_old_forward" if "_old_forward" in model.__dict__ else "forward"
 
 
 @functools.cache
 def _reading(forward: Any) -> Any:
+    names = tuple(inspect.signature(forward).parameters)[1:]
+
     @functools.wraps(forward)
     def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.get("labels")
-        if labels is not None and self.config._attn_implementation == "swaa_flex":
-            kwargs = _told(labels, kwargs)
-        return forward(self, *args, **kwargs)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        labels = given.get("labels")
+        if labels is None or self.config._attn_implementation != "swaa_flex":
+            return forward(self, *args, **kwargs)
+        return forward(self, **_told(labels, given))
 
-    wrapped.reads_labels = True  # type: ignore[attr-defined]
     return wrapped
 
 
-def _told(labels: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a forward, with decode rows where nobody says where prompts end."""
-    lengths = kwargs.get("prompt_lengths")
+def _told(labels: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward, with decode rows where nobody says where prompts end."""
+    padding, lengths = given.get("attention_mask"), given.get("prompt_lengths")
+    if labels.dim() != 2 or (padding is not None and (not isinstance(padding, Tensor) or padding.dim() != 2)):
+        return given
     if lengths is not None:
         _refuse_longer(lengths, labels.shape[-1])
-    if kwargs.get("past_key_values") is None:
+    if given.get("past_key_values") is None:
         # A cache has no use here, and transformers takes packed rows for one text where there is one.
-        kwargs = {"use_cache": False} | kwargs
-    if lengths is not None or kwargs.get("decode_rows") is not None or surrounding_prompt().says_where:
-        return kwargs
-    packed = kwargs.get("attention_mask") is None
-    rows = decode_rows_of(labels, kwargs.get("attention_mask"), kwargs.get("position_ids") if packed else None)
-    return kwargs | {"decode_rows": rows}
+        given = {"use_cache": False} | given
+    if lengths is not None or given.get("decode_rows") is not None or surrounding_prompt().says_where:
+        return given
+    positions = given.get("position_ids") if padding is None else None
+    return given | {"decode_rows": decode_rows_of(labels, padding, positions)}
 
 
 def _refuse_longer(lengths: Any, tokens: int) -> None:

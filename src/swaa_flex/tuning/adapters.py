@@ -49,20 +49,22 @@ def load_adapter(
         ImportError: if peft is not installed.
     """
     folder = Path(folder)
-    described = folder / "adapter_config.json"
-    if not described.is_file():
+    refuse_adapter(model)
+    if not (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{folder}: expected a LoRA adapter in peft's layout, but there is no adapter_config.json")
-    adapt(model, _recipe(model, folder, swaa))
+    described = _read(folder / "adapter_config.json")
+    if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise ConfigError(f"{folder}: the adapter has no weights (adapter_model.safetensors)")
+    recipe = _recipe(model, folder, swaa)
     try:
-        tuned: PeftModel = peft().PeftModel.from_pretrained(model, str(folder))
-    except (ValueError, RuntimeError) as error:
-        targets = json.loads(described.read_text()).get("target_modules")
-        base = json.loads(described.read_text()).get("base_model_name_or_path")
+        tuned: PeftModel = peft().PeftModel.from_pretrained(adapt(model, recipe), str(folder))
+    except Exception as error:  # peft and safetensors have many
         raise ConfigError(
-            f"{folder}: the adapter does not fit this model ({model.config.model_type}); it is for {base} and its "
-            f"layers {targets}"
+            f"{folder}: the adapter does not fit this model ({model.config.model_type}); it is for "
+            f"{described.get('base_model_name_or_path')} and its layers {described.get('target_modules')}. Load the "
+            f"model again ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         ) from error
-    return tuned
+    return tuned.eval()
 
 
 def merge(tuned: PeftModel, folder: str | Path) -> PreTrainedModel:
@@ -95,10 +97,29 @@ def _recipe(model: PreTrainedModel, folder: Path, swaa: str | SWAAConfig | Mappi
                 f"{folder} does not say which recipe it was trained for (there is no {RECIPE}); say so with "
                 "swaa=SWAAConfig(...) or swaa={'sliding_window_size': 2048, ...}"
             )
-        swaa = json.loads((folder / RECIPE).read_text())
+        swaa = _read(folder / RECIPE)
     if isinstance(swaa, Mapping) and _REFERENCE in swaa:
         return SWAAConfig.from_reference(swaa, text.num_hidden_layers)
     return recipes.coerce(swaa if isinstance(swaa, (str, SWAAConfig)) else dict(swaa), text.model_type)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected a JSON object ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a JSON object")
+    return found
+
+
+def refuse_adapter(model: PreTrainedModel) -> None:
+    """Refuses a model that carries a LoRA adapter already."""
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ConfigError(
+            "the model carries a LoRA adapter already; take it off with unload(), fold it in with "
+            "swaa_flex.tuning.merge, or load the model again"
+        )
 
 
 def peft() -> Any:

@@ -13,8 +13,8 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import GenerationConfig
 
-from .. import recipes
 from ..errors import ConfigError, did_you_mean
 from ..hf import NAME
-from ..hf.config import swaa_of
+from ..hf.adapt import full_attention
 from .data import Sample, opened_thinking, prompt_ids
+from .identity import hashed, identity
 
 Judge = Callable[[Sample, str], bool | float]
 """Says how good an answer is: positive or True if it may be kept, the larger the better."""
@@ -123,9 +123,9 @@ def distill(
         "seed": seed,
         "keep": keep,
         "judge": judge if isinstance(judge, str) else getattr(judge, "__qualname__", type(judge).__qualname__),
-        "template": _hash(template),
-        "samples": _hash([asdict(sample) for sample in samples]),
-        "tokenizer": _hash([tokenizer.chat_template, prompt_ids(tokenizer, samples[0].prompt, **template), ends]),
+        "template": hashed(template),
+        "samples": hashed([asdict(sample) for sample in samples]),
+        "tokenizer": hashed([tokenizer.chat_template, prompt_ids(tokenizer, samples[0].prompt, **template), ends]),
         **_fingerprint(model),
     }
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -231,22 +231,18 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
 @contextmanager
 def _as_trained(model: Any, generation: GenerationConfig) -> Iterator[None]:
     """Full attention, evaluation mode and our own sampling; afterwards, and after an error, all as before."""
-    before = model.generation_config, model.config.swaa
+    before = model.generation_config
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     windowed = model.config._attn_implementation == NAME
     try:
-        with torch.random.fork_rng(devices=list(devices)):
-            if windowed:
-                model.config.swaa = replace(recipes.get("full"), backend=swaa_of(model.config).backend)
+        with torch.random.fork_rng(devices=list(devices)), full_attention(model.config) if windowed else nullcontext():
             # Swapped, not passed: transformers fills in what a passed one leaves open from the model's own.
             model.generation_config = generation
             model.eval()
             yield
     finally:
-        model.generation_config = before[0]
-        if windowed:
-            model.config.swaa = before[1]
+        model.generation_config = before
         for module, training in modes:
             module.training = training
 
@@ -415,28 +411,14 @@ def _write(out: Path, groups: Sequence[Sequence[Sample]], batches: Sequence[Mapp
 
 def _fingerprint(model: Any) -> dict[str, str]:
     """What the answers of a model depend on, apart from what it is asked."""
-    config = model.config.to_dict()
-    for name in ("swaa", "_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    probe = [
-        parameter.detach().flatten()[:8].double().tolist()
-        for parameter in model.parameters()
-        if parameter.device.type != "meta"
-    ]
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
-    return {
-        "model": _hash(config),
-        "weights": _hash(probe),
+    return identity(model) | {
         "attention": model.config._attn_implementation,
         "dtype": str(model.dtype),
         "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _check(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .. import recipes
 from ..errors import ConfigError, did_you_mean
 from ..files import write_atomically
+from ..hf.adapt import full_attention
 from ..hf.config import swaa_of
-from .adapters import ADAPTER, load_adapter, peft, save_swaa
+from .adapters import ADAPTER, load_adapter, peft, refuse_adapter, save_swaa
 from .data import Collator, Example
+from .identity import hashed, identity
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -88,17 +88,29 @@ class TuningConfig:
                 expected = f"expected one of {', '.join(choices)}"
                 raise ConfigError(f"{name}={value!r}: {expected}{did_you_mean(value, choices)}")
         for name in ("rank", "batch_size", "gradient_accumulation", "save_steps", "log_steps"):
-            self._check(name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1, "a positive integer")
+            self._check(name, _is_int(getattr(self, name)) and getattr(self, name) >= 1, "a positive integer")
         for name in ("scale", "learning_rate", "epochs"):
-            self._check(name, getattr(self, name) > 0, "a positive number")
+            self._check(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a positive number")
         for name in ("dropout", "warmup_ratio"):
-            self._check(name, 0 <= getattr(self, name) < 1, "a share from 0 to below 1")
-        self._check("max_steps", self.max_steps is None or self.max_steps >= 1, "a positive integer, or None")
-        self._check("target_modules", len(self.target_modules) > 0, "names of linear layers, such as ('q_proj',)")
+            value = getattr(self, name)
+            self._check(name, _is_number(value) and 0 <= value < 1, "a share from 0 to below 1")
+        steps, names = self.max_steps, self.target_modules
+        self._check("max_steps", steps is None or (_is_int(steps) and steps >= 1), "a positive integer, or None")
+        self._check("seed", _is_int(self.seed) and self.seed >= 0, "an integer from 0")
+        good = isinstance(names, tuple) and len(names) > 0 and all(isinstance(name, str) for name in names)
+        self._check("target_modules", good, "a tuple of names of linear layers, such as ('q_proj',)")
 
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
             raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_int(value) or isinstance(value, float)
 
 
 def finetune(
@@ -127,48 +139,51 @@ def finetune(
         quiet: print nothing.
 
     Returns:
-        The model with the trained adapter.
+        The model with the trained adapter, in evaluation mode.
 
     Raises:
-        ConfigError: if the model runs no sliding-window attention, an example has no answer, a target does not exist,
-            or the folder holds another run. All of it is checked before anything is computed.
+        ConfigError: if the model runs no sliding-window attention or carries an adapter, an example has no answer, a
+            target does not exist, or the folder holds another run. All of it is checked before anything is computed.
         ImportError: if peft is not installed.
     """
-    config = config or TuningConfig()
+    config, folder = config or TuningConfig(), Path(output_dir)
+    peft()
     _check_model(model, config)
     for name, given in (("examples", examples), ("held_out", held_out)):
-        _check_examples(name, given)
+        _check_examples(name, given, model.config.get_text_config().vocab_size)
     if not examples:
         raise ConfigError("examples: expected at least one to train on, got none")
-    folder = Path(output_dir)
-    _claim(folder, _fingerprint(model, examples, config))
-    if (folder / ADAPTER / "adapter_config.json").exists():
+    _claim(folder, _run(model, examples, config))
+    if (folder / ADAPTER).exists():
         return load_adapter(model, folder / ADAPTER)
+    uses_cache = model.config.use_cache  # which the trainer turns off
     tuned = _with_adapter(model, config)
-    trainer = _Trainer(
-        objective=config.objective,
-        model=tuned,
-        args=_arguments(folder, config, bool(held_out)),
-        train_dataset=list(examples),
-        eval_dataset=list(held_out) or None,
-        data_collator=Collator(pad_token_id=pad_token_id, packing=config.packing),
-        callbacks=[] if quiet else [_Progress()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    _save(trainer, model.config, folder)
-    return tuned
-
-
-@contextlib.contextmanager
-def full_attention(config: PreTrainedConfig) -> Iterator[None]:
-    """Full attention in all layers of the model that runs with this config, for as long as the context lasts."""
-    before = config.swaa
-    config.swaa = dataclasses.replace(recipes.get("full"), backend=swaa_of(config).backend)
     try:
-        yield
+        trainer = _Trainer(
+            objective=config.objective,
+            plain_collator=Collator(pad_token_id=pad_token_id),
+            model=tuned,
+            args=_arguments(folder, config, len(examples), bool(held_out)),
+            train_dataset=list(examples),
+            eval_dataset=list(held_out) or None,
+            data_collator=Collator(pad_token_id=pad_token_id, packing=config.packing),
+            callbacks=[] if quiet else [_Progress()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        _save(trainer, model.config, folder)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            tuned.unload()  # the model as it came, for another try
+        raise
     finally:
-        config.swaa = before
+        model.config.use_cache = uses_cache
+        if config.gradient_checkpointing:
+            # Renamed in transformers 5.23.
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+            model.disable_input_require_grads()
+        model.eval()
+    return tuned.eval()
 
 
 class _Trainer(Trainer):
@@ -176,9 +191,10 @@ class _Trainer(Trainer):
 
     model: Any
 
-    def __init__(self, objective: str, **kwargs: Any) -> None:
+    def __init__(self, objective: str, plain_collator: Collator, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.objective: str = objective
+        self.plain_collator = plain_collator
         self.model_accepts_loss_kwargs = True  # the loss below is a sum over all answers of a step, divided once
         self.base_config: PreTrainedConfig = self.model.get_base_model().config
         self.tokens = torch.zeros((), dtype=torch.long)  # since the last log
@@ -244,6 +260,14 @@ class _Trainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """One example per row, whatever is packed in training: accelerate counts rows to drop what it has repeated."""
+        packing, self.data_collator = self.data_collator, self.plain_collator
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = packing
+
     def _held_out_loss(self) -> float:
         total = torch.zeros(2, dtype=torch.float64, device="cpu")
         for batch in self.get_eval_dataloader():
@@ -282,6 +306,7 @@ def _check_model(model: PreTrainedModel, config: TuningConfig) -> None:
             f"the model runs attn_implementation={model.config._attn_implementation!r}, so there are no "
             "sliding-window masks to train under; call swaa_flex.adapt(model, recipe) first"
         )
+    refuse_adapter(model)
     linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
     for name in config.target_modules:
         if name not in linear:
@@ -291,38 +316,48 @@ def _check_model(model: PreTrainedModel, config: TuningConfig) -> None:
             )
 
 
-def _check_examples(name: str, examples: Sequence[Example]) -> None:
+def _check_examples(name: str, examples: Sequence[Example], vocab_size: int) -> None:
     for number, example in enumerate(examples):
+        tokens, flags = len(example.input_ids), len(example.decode_rows)
+        if tokens != flags:
+            raise ConfigError(f"{name}[{number}]: {tokens} input_ids and {flags} decode_rows; expected as many")
         if not any(example.decode_rows[1:]):
             raise ConfigError(
-                f"{name}[{number}]: none of its {len(example.input_ids)} tokens is an answer (all labels are -100), "
-                "so there is nothing to learn from it; leave it out, or do not cut it off inside the prompt"
+                f"{name}[{number}]: none of its {tokens} tokens is an answer (all labels are -100), so there is "
+                "nothing to learn from it; leave it out, or do not cut it off inside the prompt"
+            )
+        lowest, highest = min(example.input_ids), max(example.input_ids)
+        if lowest < 0 or highest >= vocab_size:
+            raise ConfigError(
+                f"{name}[{number}]: token ids from {lowest} to {highest}, and the model has {vocab_size}; encode with "
+                "the model's own tokenizer"
             )
 
 
-def _fingerprint(model: PreTrainedModel, examples: Sequence[Example], config: TuningConfig) -> dict[str, Any]:
-    data = hashlib.sha256()
-    for example in examples:
-        data.update(repr((example.input_ids, example.decode_rows)).encode())
-    return {
-        "model": model.name_or_path,
-        "swaa": swaa_of(model.config).to_dict(),
-        "examples": data.hexdigest()[:16],
-        "config": asdict(config),
-    }
+def _run(model: PreTrainedModel, examples: Sequence[Example], config: TuningConfig) -> dict[str, Any]:
+    """What makes a run this one; how often it saves and logs does not."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("save_steps", "log_steps")}
+    data = hashed([(example.input_ids, example.decode_rows) for example in examples])
+    return identity(model) | {"examples": data, "swaa": swaa_of(model.config).to_dict(), **settings}
 
 
 def _claim(folder: Path, run: dict[str, Any]) -> None:
     """Marks the folder as that of this run, and refuses that of another."""
     path, run = folder / "run.json", json.loads(json.dumps(run))
+    way_out = "choose another folder, or delete this one"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir={str(folder)!r} is a file; expected a folder, existing or new")
     if path.exists():
-        found = json.loads(path.read_text())
-        for name, value in run.items():
-            if found.get(name) != value:
-                raise ConfigError(
-                    f"{folder} holds a run with another {name} ({found.get(name)!r}, now {value!r}); choose another "
-                    "folder, or delete this one"
-                )
+        try:
+            found = json.loads(path.read_text())
+            others = [name for name in run if found.get(name) != run[name]]
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"{path} is damaged, so that no run can go on here; {way_out}") from error
+        if others:
+            changes = ", ".join(f"{name} was {found.get(name)!r} and is {run[name]!r}" for name in others)
+            raise ConfigError(f"{folder} holds another run ({changes}); {way_out}")
+    elif any(folder.glob("checkpoint-[0-9]*")) or (folder / ADAPTER).exists():
+        raise ConfigError(f"{folder} holds checkpoints or an adapter of something else (no run.json); {way_out}")
     write_atomically(path, json.dumps(run, indent=1) + "\n")
 
 
@@ -346,14 +381,16 @@ def _with_adapter(model: PreTrainedModel, config: TuningConfig) -> PeftModel:
     return tuned
 
 
-def _arguments(folder: Path, config: TuningConfig, evaluates: bool) -> TrainingArguments:
+def _arguments(folder: Path, config: TuningConfig, examples: int, evaluates: bool) -> TrainingArguments:
+    forwards = math.ceil(examples / (config.batch_size * int(os.environ.get("WORLD_SIZE", 1))))
+    steps = config.max_steps or math.ceil(math.ceil(forwards / config.gradient_accumulation) * config.epochs)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
-        warmup_steps=config.warmup_ratio,  # below 1 it is a share
+        warmup_steps=int(config.warmup_ratio * steps),  # given a share, transformers rounds up, and 1 of 1 is nothing
         lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
@@ -378,7 +415,7 @@ def _arguments(folder: Path, config: TuningConfig, evaluates: bool) -> TrainingA
 
 def _last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end: the trainer's state comes last."""
-    steps = sorted((int(path.name.partition("-")[2]), path) for path in folder.glob("checkpoint-*"))
+    steps = sorted((int(path.name.partition("-")[2]), path) for path in folder.glob("checkpoint-[0-9]*"))
     for _, path in reversed(steps):
         with contextlib.suppress(OSError, json.JSONDecodeError):
             json.loads((path / "trainer_state.json").read_text())
@@ -395,7 +432,14 @@ def _save(trainer: _Trainer, config: PreTrainedConfig, folder: Path) -> None:
     trainer.save_model(str(part))  # in all processes: a sharded model is put together
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        (part / "training_args.bin").unlink(missing_ok=True)  # holds paths and host names
+        for name in ("training_args.bin", "README.md"):  # hold paths and host names, and nothing else
+            (part / name).unlink(missing_ok=True)
+        described = json.loads((part / "adapter_config.json").read_text())
+        described["target_modules"].sort()  # peft keeps a set, whose order differs between processes
+        base = Path(described["base_model_name_or_path"] or "-")
+        if base.exists():  # a path of this machine says nothing elsewhere
+            described["base_model_name_or_path"] = base.name
+        write_atomically(part / "adapter_config.json", json.dumps(described, indent=2) + "\n")
         save_swaa(config, part)
         os.replace(part, folder / ADAPTER)
     trainer.accelerator.wait_for_everyone()
