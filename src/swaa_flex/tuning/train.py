@@ -8,7 +8,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,16 @@ def _is_number(value: object) -> bool:
     return _is_int(value) or isinstance(value, float)
 
 
+@contextlib.contextmanager
+def _quieted() -> Iterator[None]:
+    """Without what peft 0.21 asks transformers 5.23 by an old name, and what it says of models without a folder."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing. is deprecated")
+        warnings.filterwarnings("ignore", message="Could not find a config file")
+        yield
+
+
+@_quieted()
 def finetune(
     model: PreTrainedModel,
     examples: Sequence[Example],
@@ -400,6 +411,7 @@ def _arguments(folder: Path, config: TuningConfig, examples: int, evaluates: boo
         eval_strategy="steps" if evaluates else "no",
         eval_steps=config.save_steps if evaluates else None,
         logging_steps=config.log_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),  # else torch warns
