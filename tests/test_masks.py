@@ -43,6 +43,7 @@ def test_a_mask_with_offsets_per_sequence_sees_the_same(data, length):
     shape = {"q_len": length, "kv_len": length, "batch": BATCH, "heads": HEADS}
     changed = per_sequence(moved, BATCH, torch.device("cpu"))
     assert torch.equal(visible_pairs(changed, **shape), visible_pairs(moved, **shape))
+    assert "tensor0" not in str(changed.structure)
 
 
 def test_one_sequence_gets_tensors_of_two_entries():

@@ -182,6 +182,7 @@ def _flex_segment(
     if not isinstance(shift, Tensor) and not torch.compiler.is_compiling():
         is_causal_end = mask == causal() and shift + q_len == kv_len
     local = offset(mask, q=shift)
+    here = laid_out_on(local, device, needs_grad)
     if backend == "flash":
         # FLASH has no split over keys, which few rows need.
         readable = None if q_len < BLOCK_SIZE else _for_flash(local, shift, batch, device)
@@ -193,7 +194,6 @@ def _flex_segment(
     # FLASH has a faster kernel for small heads, with tiles of 192 rows (sm90; benchmarks/kernel_options.py).
     small = backend == "flash" and head_dim is not None and head_dim <= 64 and not needs_grad
     q_block = 192 if small and backends.is_hopper(device.index) else BLOCK_SIZE
-    here = laid_out_on(offset(mask, q=shift), device, needs_grad)
     block_mask = layout(
         local,
         _bounds(first, stop, mask, q_offset, kv_len, q_block, here),

@@ -10,8 +10,7 @@ import typer
 from ..tuning import distill as distillation
 from ..tuning.data import read_samples
 from . import checkpoint
-
-SHOWN = 5  # bad rows
+from .left_out import report
 
 
 def distill(
@@ -47,12 +46,8 @@ def distill(
       swaa-flex distill ./model chats.jsonl train.jsonl --judge none --n 1
     """
     samples, bad = read_samples(data)
-    if bad:
-        typer.echo(f"{len(bad)} of {len(samples) + len(bad)} rows of {data} are left out:", err=True)
-        for line in bad[:SHOWN]:
-            typer.echo(f"  {line}", err=True)
-        if len(bad) > SHOWN:
-            typer.echo(f"  and {len(bad) - SHOWN} more", err=True)
+    total = len(samples) + len(bad)
+    report(f"{len(bad)} of {total} rows of {data} are left out:", bad, lambda line: typer.echo(line, err=True))
     loaded, tokenizer = checkpoint.load(model)
     result = distillation.distill(
         loaded,

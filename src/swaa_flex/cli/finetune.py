@@ -18,8 +18,7 @@ from ..hf.adapt import adapt
 from ..tuning import adapters, train
 from ..tuning.data import Example, encode, encode_each, fit, read_samples
 from . import checkpoint
-
-SHOWN = 5  # rows that are left out
+from .left_out import report
 
 DEFAULT = train.TuningConfig()
 
@@ -150,12 +149,7 @@ def _examples(data: Path, tokenizer: Any, max_length: int) -> list[Example]:
             left_out.append(f"row {sample.row}: {error}")
     examples, too_long = fit(examples, max_length)
     left_out += too_long
-    if left_out:
-        _say(f"{len(left_out)} rows of {data} are left out:")
-        for line in left_out[:SHOWN]:
-            _say(f"  {line}")
-        if len(left_out) > SHOWN:
-            _say(f"  and {len(left_out) - SHOWN} more")
+    report(f"{len(left_out)} rows of {data} are left out:", left_out, _say)
     if not examples:
         raise ConfigError(
             f"{data}: no row is left; expected chat messages that end with an answer, or prompt and answer"
