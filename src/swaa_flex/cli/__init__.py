@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from .. import recipes as named
 from .._version import __version__
 from ..errors import SWAAError
-from . import demo, distill, doctor, finetune, show
+from . import demo, distill, doctor, finetune, layers, run, show
 
 
 def main() -> None:
@@ -24,8 +24,10 @@ class _Commands(TyperGroup):
     """Says in one red line what went wrong on purpose; anything else is a bug and keeps its traceback."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        # Where people add it is at the end of the line that failed, behind the command.
-        if "--debug" in args:
+        # Where people add it is at the end of the line that failed, behind the command; behind `run` it may be the
+        # program's.
+        command = next((arg for arg in args if not arg.startswith("-")), None)
+        if "--debug" in args and command != "run":
             args = ["--debug", *(arg for arg in args if arg != "--debug")]
         return super().parse_args(ctx, args)
 
@@ -56,9 +58,11 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("show")(show.show)
 app.command("doctor")(doctor.doctor)
+app.command("layers")(layers.layers)
 app.command("distill")(distill.distill)
 app.command("finetune")(finetune.finetune)
 app.command("merge")(finetune.merge)
+app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 
 
 @app.command("recipes")
