@@ -52,3 +52,10 @@ def test_sinks_and_full_layers_keep_the_perplexity_that_a_naive_window_loses(mod
         swaa_flex.restore(model)
     assert full < repaired < naive
     assert repaired - full < (naive - full) / 2
+
+
+def test_the_tokenizer_ends_and_pads_as_the_model_does(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+    assert tokenizer.pad_token == tokenizer.eos_token

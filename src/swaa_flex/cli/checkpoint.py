@@ -24,7 +24,8 @@ def load(name: str) -> tuple[Any, Any]:
         name: a GGUF file, a folder, or the name of a model on the Hugging Face Hub.
 
     Returns:
-        The model in evaluation mode, float32 on a CPU and in its own dtype on a GPU, and the tokenizer.
+        The model in evaluation mode, float32 on a CPU and in its own dtype on a GPU, and the tokenizer, which can
+        pad.
 
     Raises:
         ConfigError: if there is no such model; says what was expected.
@@ -49,6 +50,11 @@ def load(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         what, *_ = str(error).splitlines() or [""]
         raise _no_model(name, what.partition(". ")[0].rstrip(".:") or type(error).__name__) from error
+    end = model.config.eos_token_id
+    if name.endswith(".gguf") and isinstance(end, int):  # transformers 5.17 takes the first token for the last
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
 
 
