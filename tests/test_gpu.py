@@ -14,11 +14,14 @@ import swaa_flex
 from swaa_flex import SWAACache, SWAAConfig, attention, backends
 from swaa_flex.masks import (
     causal,
+    documents,
     from_mask_mod,
     heads,
+    kv_positions,
     left_padded,
     packed,
     rows_from,
+    rows_where,
     sinks,
     sinks_and_tail,
     window,
@@ -179,6 +182,26 @@ def test_gradients(backend, name):
     for mine, theirs in zip(ours, expected, strict=True):
         error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
         assert error < (2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("table", ["rows_where", "documents", "packed", "kv_positions"])
+def test_tables_of_changing_lengths(backend, table):
+    """The second length is compiled for all lengths, which FLASH does not know how to read."""
+    make = {
+        "rows_where": lambda index: causal() & (window(70) | rows_where(index % 5 == 0)),
+        "documents": lambda index: causal() & documents(index // 130),
+        "packed": lambda index: packed(causal() & (window(70) | sinks(5)), document_ids=index // 130),
+        "kv_positions": lambda index: kv_positions(causal() & window(70), index),
+    }[table]
+    for length in (300, 420, 700):
+        mask = make(torch.arange(length, device="cuda"))
+        inputs = [x.requires_grad_() for x in tensors(length, length, dtype=torch.bfloat16)]
+        ours = attention(*inputs, mask, backend=backend)
+        expected = oracle(*inputs, mask)[0]
+        close(ours, expected, torch.bfloat16)
+        gradients = zip(*(torch.autograd.grad(out.sum(), inputs) for out in (ours, expected)), strict=True)
+        assert all((a.double() - b.double()).norm() < 2e-2 * b.double().norm() for a, b in gradients)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3], ids="kv_heads={}".format)

@@ -54,6 +54,36 @@ def test_one_sequence_gets_tensors_of_two_entries():
     assert torch.equal(visible_pairs(changed, 5, 5), visible_pairs(mask, 5, 5))
 
 
+TABLES = {
+    "documents": lambda n: documents(torch.arange(n) // 7),
+    "documents, batch": lambda n: documents(torch.arange(2 * n).view(2, n) // 7),
+    "packed": lambda n: packed(causal(), document_ids=torch.arange(n) // 7),
+    "rows_where": lambda n: rows_where(torch.arange(n) % 3 == 0),
+    "kv_positions": lambda n: kv_positions(causal(), torch.arange(n).flip(0)),
+}
+
+
+@pytest.mark.parametrize("make", TABLES.values(), ids=TABLES)
+def test_flash_is_not_asked_for_the_length_of_a_table(make):
+    """It has no code for sizes that vary (torch 2.11)."""
+    used = []
+
+    def keep(graph, _):
+        sizes = [
+            n for n in graph.graph.nodes if n.op == "placeholder" and isinstance(n.meta["example_value"], torch.SymInt)
+        ]
+        used.append([user for n in sizes for user in n.users] + [n for n in graph.graph.nodes if n.target == "size"])
+        return graph.forward
+
+    index = torch.arange(5)
+    for mask in (make(31), per_sequence(make(31), 1, torch.device("cpu"))):
+        torch._dynamo.reset()
+        torch.compile(lambda q, mask=mask: mask(q * 0, q * 0, q, q + 1), backend=keep, dynamic=True)(index)
+    plain, readable = used
+    assert plain
+    assert not readable
+
+
 def test_masks_of_integers_alone_are_told_from_others():
     plain = offset(causal() & (window(4) | sinks(2) | rows_from(7)), q=3)
     assert only_integers(plain)

@@ -101,6 +101,10 @@ class Mask:
         """Query rows at which `for_rows` changes its answer, in any order."""
         return ()
 
+    def with_lengths(self, entries: int) -> Mask:
+        """An equal mask that reads the length of its own tables from a tensor `[entries]`: see `per_sequence`."""
+        return self
+
     def _values(self) -> tuple[Any, ...]:
         # A default, because torch 2.11's dynamo hashes masks that it is still putting together.
         return tuple(getattr(self, f.name, None) for f in fields(self) if f.compare)  # type: ignore[arg-type]
@@ -268,10 +272,11 @@ def _parts(value: Any) -> list[Any]:
 def per_sequence(mask: Mask, batch: int, device: torch.device) -> Mask:
     """The same mask with what may vary between calls as tensors `[batch]`; to be evaluated only.
 
-    FLASH inlines integers, so that each value would be compiled, and cannot read tensors of one number (torch 2.11):
-    for a batch of 1 they get a second entry.
+    FLASH inlines integers, so that each value would be compiled, cannot use sizes that vary, and cannot read tensors
+    of one number (torch 2.11): for a batch of 1 they get a second entry.
     """
     entries = max(batch, 2)
+    mask = mask.with_lengths(entries)
     changes: dict[str, Any] = {}
     for field in fields(mask):  # type: ignore[arg-type]
         value = getattr(mask, field.name)

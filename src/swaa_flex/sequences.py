@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,9 +20,13 @@ class RowsWhere(Mask):
     source: Tensor
     flags: Tensor = field(compare=False)
     counts: Tensor = field(compare=False)
+    lengths: Tensor | None = field(default=None, compare=False)
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return _look_up(self.flags, b, q_idx)
+        return _look_up(self.flags, b, q_idx, self.lengths)
+
+    def with_lengths(self, entries: int) -> Mask:
+        return replace(self, lengths=_lengths(self.flags, entries))
 
     def bounds(self, rows: Rows) -> Bounds:
         length = self.flags.shape[-1]
@@ -50,6 +54,9 @@ class Documents(Mask):
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return self.table.same(b, q_idx, kv_idx)
 
+    def with_lengths(self, entries: int) -> Mask:
+        return replace(self, table=self.table.with_lengths(entries))
+
     def bounds(self, rows: Rows) -> Bounds:
         (start, _), (last_start, last_stop) = self.table.at(rows.first), self.table.at(rows.last)
         _, first_stop = self.table.at(rows.first)
@@ -73,10 +80,14 @@ class KvPositions(Mask):
     mask: Mask
     source: Tensor
     positions: Tensor = field(compare=False)
+    lengths: Tensor | None = field(default=None, compare=False)
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        position = _look_up(self.positions, b, kv_idx)
+        position = _look_up(self.positions, b, kv_idx, self.lengths)
         return (position >= 0) & self.mask(b, h, q_idx, position)
+
+    def with_lengths(self, entries: int) -> Mask:
+        return replace(self, lengths=_lengths(self.positions, entries))
 
     def bounds(self, rows: Rows) -> Bounds:
         return Bounds(EVERYTHING, NOTHING)
@@ -100,6 +111,9 @@ class Packed(Mask):
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         start = self.table.start_of(b, q_idx)
         return self.table.same(b, q_idx, kv_idx) & self.mask(b, h, q_idx - start, kv_idx - start)
+
+    def with_lengths(self, entries: int) -> Mask:
+        return replace(self, table=self.table.with_lengths(entries))
 
     def bounds(self, rows: Rows) -> Bounds:
         """Keys of the block's first document, of those that begin and end inside the block, of the last."""
@@ -212,6 +226,7 @@ class DocumentTable:
     ids: Tensor
     starts: Tensor
     stops: Tensor
+    lengths: Tensor | None = None
 
     @classmethod
     def of(cls, document_ids: Tensor, user: str) -> DocumentTable:
@@ -243,11 +258,15 @@ class DocumentTable:
 
     def same(self, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """Whether row and key are of one document."""
-        return _look_up(self.ids, b, q_idx) == _look_up(self.ids, b, kv_idx)
+        return _look_up(self.ids, b, q_idx, self.lengths) == _look_up(self.ids, b, kv_idx, self.lengths)
 
     def start_of(self, b: Tensor, q_idx: Tensor) -> Tensor:
         """First token of the row's document."""
-        return _look_up(self.starts, b, q_idx)
+        return _look_up(self.starts, b, q_idx, self.lengths)
+
+    def with_lengths(self, entries: int) -> DocumentTable:
+        """See `Mask.with_lengths`."""
+        return replace(self, lengths=_lengths(self.ids, entries))
 
     def at(self, row: Linear) -> tuple[Tensor, Tensor]:
         """First token and end of the document of a row per block (rows past the last count as the last)."""
@@ -257,11 +276,16 @@ class DocumentTable:
         return _per_block(self.starts, index), _per_block(self.stops, index)
 
 
-def _look_up(table: Tensor, b: Tensor, index: Tensor) -> Tensor:
+def _look_up(table: Tensor, b: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
     # Inside other combinators indices can point past the sequence; those pairs are masked, but must not be read.
     # (Not clamp: FlexAttention's FLASH backend knows no maximum, torch 2.11.)
-    index = torch.where((index >= 0) & (index < table.shape[-1]), index, 0)
+    length = table.shape[-1] if lengths is None else lengths[b]
+    index = torch.where((index >= 0) & (index < length), index, 0)
     return table[index] if table.dim() == 1 else table[b, index]
+
+
+def _lengths(table: Tensor, entries: int) -> Tensor:
+    return torch.full((entries,), table.shape[-1], dtype=torch.int32, device=table.device)
 
 
 def _per_block(table: Tensor, index: Tensor) -> Tensor:
