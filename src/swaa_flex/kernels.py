@@ -8,6 +8,7 @@ symbolic after their first change, so new lengths reuse what is there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -27,6 +29,9 @@ from .algebra import Mask, inlined
 from .block_mask import BLOCK_SIZE, check_sizes
 from .errors import BackendUnavailableError, MaskError
 from .plan import FEW_ROWS, AttentionPlan, Segment, plan
+
+FOR_CUDNN = 8192  # tokens; see `_sdpa`
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -228,9 +233,11 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Full causal rows, the last of which sees all keys."""
     whole = query.shape[2] == key.shape[2]
     bias = None if whole else causal_lower_right(query.shape[2], key.shape[2])
-    out: Tensor = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, is_causal=whole, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    # cuDNN prepares for each new length, for 45 ms on an H200: more than it saves in a model with a short prompt.
+    with sdpa_kernel(NOT_CUDNN) if whole and query.shape[2] < FOR_CUDNN else contextlib.nullcontext():
+        out: Tensor = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, is_causal=whole, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
     return out
 
 
@@ -295,8 +302,9 @@ def _kernel_options(query: Tensor, key: Tensor, segment: Segment, is_slice: bool
 def _prefill_options(query: Tensor, key: Tensor) -> dict[str, Any]:
     """What is fastest by measurement (benchmarks/kernel_options.py; sm90), the defaults of FlexAttention elsewhere.
 
-    In a compiled graph they are the defaults too: there inductor sees whether lengths are whole blocks, and in a model
-    of the shape of Qwen3 a kernel failed with these options on an H200 ("misaligned address", torch 2.11).
+    In a compiled graph they are the defaults too: there inductor sees whether lengths are whole blocks, and lays out
+    queries as views that TMA cannot read ("misaligned address", a model of the shape of Qwen3, torch 2.11). Without
+    TMA nothing is faster than the defaults.
     """
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if torch.compiler.is_compiling():
