@@ -1,0 +1,1 @@
+"""Evaluation: what a recipe costs a model, measured on tasks."""
