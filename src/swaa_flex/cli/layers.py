@@ -19,6 +19,7 @@ from rich.text import Text
 
 from .. import recipes
 from ..analysis import AnswerLoss, LayerChoice, evaluations, greedy, lazy, sensitivity
+from ..analysis.choice import layers_of
 from ..config import SWAAConfig
 from ..errors import ConfigError, did_you_mean
 from ..files import write_atomically
@@ -88,7 +89,13 @@ def layers(
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     count = loaded.config.get_text_config().num_hidden_layers
     budget = count // 2 if budget is None else budget
+    layers_of(loaded, config, budget)
     read = tokens if method == "lazy" else tokens + SCORED
+    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", read)
+    if read > longest:
+        raise ConfigError(
+            f"--length {length}: {read} tokens are read, and the model goes no further than {longest}; take fewer"
+        )
     stretches = _stretches(tokenizer, text, read, texts)
     choice = _choice(method, loaded, stretches, config, budget, count, out)
     if out is not None:
