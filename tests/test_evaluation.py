@@ -1,0 +1,480 @@
+"""Evaluation: what is measured, what is kept on disk, what the numbers come to."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from test_distill import tiny_model, words_tokenizer
+from transformers import LlamaForCausalLM
+
+import swaa_flex
+from swaa_flex import ConfigError, SWAAConfig
+from swaa_flex.errors import DoesNotFitError
+from swaa_flex.evaluation import scoring, statistics, summary
+from swaa_flex.evaluation.runner import evaluate
+from swaa_flex.evaluation.tasks import Sample, get
+
+torch.set_num_threads(1)
+SLIDING = SWAAConfig(4, 1, (1,), True, 2)
+NARROW = SWAAConfig(3, 0, (), False, 0)
+CONFIGS = {"full": "full", "sliding": SLIDING, "narrow": NARROW}
+
+
+@dataclass(frozen=True)
+class RandomTask:
+    """Prompts of random words; `kind` is "answers", "text" or "choice"."""
+
+    kind: str = "answers"
+    judge = staticmethod(lambda answer, sample: float(sample.answers[0] in answer.split()))
+
+    @property
+    def name(self):
+        return self.kind
+
+    def facts(self):
+        return {"kind": self.kind}
+
+    def samples(self, tokenizer, length, count, seed):
+        return [self.sample(random.Random(f"{self.kind} {length} {seed} {number}"), number) for number in range(count)]
+
+    def sample(self, chance, number):
+        def words(low, high):
+            return tuple(chance.randrange(6, 12) for _ in range(chance.randrange(low, high)))
+
+        prompt = words(8, 16)
+        if self.kind == "text":
+            return Sample(str(number), prompt, continuations=(words(5, 9),))
+        if self.kind == "choice":
+            return Sample(str(number), prompt, continuations=tuple(words(1, 5) for _ in range(3)), right=number % 3)
+        return Sample(str(number), prompt, (chance.choice(["red", "green", "blue"]),), new_tokens=4 + number % 3)
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return words_tokenizer()
+
+
+def run(model, tokenizer, out, tasks=(RandomTask(),), configs=CONFIGS, count=7, **options):
+    options = {"batch_size": 3, **options}
+    return evaluate(model, tokenizer, configs, tasks, [16], count=count, out=out, progress=False, **options)
+
+
+def lines(out):
+    return [json.loads(line) for path in sorted(out.rglob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def watched(monkeypatch):
+    """The samples that are run, in order: task, window and id."""
+    ran = []
+    compute = scoring.results
+
+    def counting(model, tokenizer, task, samples):
+        ran.extend(f"{task.name} {model.config.swaa['sliding_window']} {sample.id}" for sample in samples)
+        return compute(model, tokenizer, task, samples)
+
+    monkeypatch.setattr(scoring, "results", counting)
+    return ran
+
+
+# --- what is measured ----------------------------------------------------------------------------------------
+
+
+def alone(model, sample, config):
+    """The log-probability of each token after a prompt, a forward per row, in float64."""
+    model = swaa_flex.adapt(model.double(), config)
+    rows = []
+    for continuation in sample.continuations:
+        ids = torch.tensor([sample.prompt + continuation])
+        with torch.no_grad():
+            logits = model(ids, prompt_lengths=len(sample.prompt), use_cache=False).logits[0]
+        places = torch.arange(len(sample.prompt), ids.shape[1])
+        rows.append(logits.log_softmax(-1)[places - 1, ids[0, places]])
+    return rows
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("kind", ["text", "choice"])
+def test_continuations_are_scored_as_decode_rows_whatever_the_batch(kind, config, model, tokenizer, tmp_path):
+    task = RandomTask(kind)
+    run(model, tokenizer, tmp_path, [task], {"this": config})
+    found = {line["id"]: line for line in lines(tmp_path)}
+    for sample in task.samples(tokenizer, 16, 7, 0):
+        expected = alone(model, sample, config)
+        line = found[sample.id]
+        if kind == "text":
+            assert line["tokens"] == len(sample.continuations[0])
+            assert line["logprob"] == pytest.approx(float(expected[0].sum()), abs=1e-4)
+        else:
+            assert [tokens for _, tokens in line["logprobs"]] == [len(row) for row in expected]
+            sums = [total for total, _ in line["logprobs"]]
+            assert sums == pytest.approx([float(row.sum()) for row in expected], abs=1e-4)
+            best = max(range(3), key=lambda choice: float(expected[choice].mean()))
+            assert (line["choice"], line["score"]) == (best, float(best == sample.right))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_answers_are_those_of_each_prompt_alone(config, model, tokenizer, tmp_path):
+    run(model, tokenizer, tmp_path, configs={"this": config})
+    found = {line["id"]: line for line in lines(tmp_path)}
+    swaa_flex.adapt(model, config)
+    for sample in RandomTask().samples(tokenizer, 16, 7, 0):
+        ids = torch.tensor([sample.prompt])
+        with swaa_flex.prompt(len(sample.prompt)):
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=sample.new_tokens, do_sample=False
+            )
+        answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert found[sample.id]["answer"] == answer
+        assert found[sample.id]["score"] == float(sample.answers[0] in answer.split())
+
+
+def test_an_answer_ends_at_its_stop_token_and_at_its_own_limit(model, tokenizer, monkeypatch):
+    samples = [Sample("a", (6, 7), new_tokens=4), Sample("b", (6, 7, 8), new_tokens=2)]
+    written = torch.tensor([[6, 7, 3, 8], [7, 8, 9, 10]])  # 3 is <end>
+    monkeypatch.setattr(LlamaForCausalLM, "generate", lambda self, input_ids, **_: torch.cat([input_ids, written], 1))
+    assert scoring.answers(model, tokenizer, samples) == ["red green", "green blue"]
+
+
+def test_perplexity_is_kept_by_position(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "BUCKET", 4)
+    cell = run(model, tokenizer, tmp_path, [RandomTask("text")]).cells[1]
+    of_cell = [line for line in lines(tmp_path) if line["tokens"]]
+    for line in of_cell:
+        begins = sorted(map(int, line["positions"]))
+        assert all(begin % 4 == 0 for begin in begins) and begins == list(range(begins[0], begins[-1] + 1, 4))
+        assert sum(tokens for _, tokens in line["positions"].values()) == line["tokens"]
+        assert sum(total for total, _ in line["positions"].values()) == pytest.approx(line["logprob"])
+    assert cell.metric == "perplexity" and set(cell.positions) <= {8, 12, 16, 20} and len(cell.positions) == 4
+    assert min(cell.positions.values()) < cell.value < max(cell.positions.values())
+
+
+def test_the_model_is_as_before(model, tokenizer, tmp_path):
+    generation = model.generation_config
+    model.train()
+    model.model.layers[0].eval()
+    run(model, tokenizer, tmp_path, count=1)
+    assert model.config._attn_implementation == "sdpa" and model.config.swaa is None
+    assert model.generation_config is generation
+    assert model.training and not model.model.layers[0].training
+    swaa_flex.adapt(model, SLIDING)
+    run(model, tokenizer, tmp_path / "again", count=1)
+    assert model.config._attn_implementation == "swaa_flex" and model.config.swaa == SLIDING.to_dict()
+
+
+def test_questions_from_a_file_have_their_own_lengths_up_to_the_largest(model, tokenizer, tmp_path):
+    row = {"prompt": "red green blue", "answer": "blue"}
+    long = {"prompt": "red " * 30, "answer": "red"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [row, long, row]))
+    tasks = [*get(f"qa:{tmp_path / 'rows.jsonl'}", new_tokens=2), RandomTask("text")]
+    found = evaluate(
+        model, tokenizer, {"full": "full"}, tasks, [16, 20], count=5, out=tmp_path / "out", progress=False
+    )
+    assert [(c.task, c.length, c.samples) for c in found.cells] == [
+        ("qa:rows", 20, 2),
+        ("text", 16, 5),
+        ("text", 20, 5),
+    ]
+    (cell,) = evaluate(model, tokenizer, {"full": "full"}, tasks[:1], [None], count=5, out=tmp_path / "out").cells
+    assert (cell.length, cell.samples) == (None, 3)
+
+
+# --- what is kept --------------------------------------------------------------------------------------------
+
+
+def test_finished_samples_are_not_run_again(model, tokenizer, tmp_path, monkeypatch):
+    ran = watched(monkeypatch)
+    tasks = [RandomTask(), RandomTask("text"), RandomTask("choice")]
+    first = run(model, tokenizer, tmp_path, tasks)
+    written = (tmp_path / "summary.json").read_bytes()
+    assert len(ran) == 3 * 3 * 7 == len(lines(tmp_path))
+    ran.clear()
+    assert run(model, tokenizer, tmp_path, tasks) == first
+    assert (tmp_path / "summary.json").read_bytes() == written and ran == []
+    run(model, tokenizer, tmp_path, tasks[:1], count=9)
+    assert sorted(ran) == sorted(f"answers {window} {id}" for window in (None, 4, 3) for id in (7, 8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["seed", "config", "weights", "facts", "dtype"],
+)
+def test_results_of_something_else_are_not_taken(change, model, tokenizer, tmp_path, monkeypatch):
+    configs = {"sliding": SLIDING}
+    run(model, tokenizer, tmp_path, configs=configs)
+    ran = watched(monkeypatch)
+    options = {}
+    if change == "seed":
+        options["seed"] = 1
+    elif change == "config":
+        configs = {"sliding": SWAAConfig(4, 1, (1,), True, 3)}
+    elif change == "weights":
+        model.lm_head.weight.data[0, 0] += 1
+    elif change == "facts":
+        monkeypatch.setattr(RandomTask, "facts", lambda self: {"kind": "another"})
+    else:
+        model = model.bfloat16()
+    run(model, tokenizer, tmp_path, configs=configs, **options)
+    assert len(ran) == 7
+    assert len(list(tmp_path.rglob("*.jsonl"))) == 2
+
+
+def test_a_sample_that_reads_otherwise_is_run_again(model, tokenizer, tmp_path, monkeypatch):
+    run(model, tokenizer, tmp_path, configs={"sliding": SLIDING})
+    ran = watched(monkeypatch)
+    samples = RandomTask.samples
+    monkeypatch.setattr(
+        RandomTask, "samples", lambda self, *a: [Sample("0", (6, 6), ("red",), 3), *samples(self, *a)[1:]]
+    )
+    run(model, tokenizer, tmp_path, configs={"sliding": SLIDING})
+    assert ran == ["answers 4 0"]
+
+
+def test_one_configuration_with_two_names_is_run_once(model, tokenizer, tmp_path, monkeypatch):
+    ran = watched(monkeypatch)
+    found = run(model, tokenizer, tmp_path, configs={"a": SLIDING, "b": SLIDING.to_dict()})
+    assert len(ran) == 7 and [cell.config for cell in found.cells] == ["a", "b"]
+
+
+@pytest.mark.parametrize("cut", [1, 20, "whole line"])
+def test_a_line_that_was_cut_off_is_run_again(cut, model, tokenizer, tmp_path, monkeypatch):
+    first = run(model, tokenizer, tmp_path, configs={"sliding": SLIDING})
+    (path,) = tmp_path.rglob("*.jsonl")
+    before = path.read_bytes()
+    last = before.splitlines(keepends=True)[-1]
+    path.write_bytes(before[: -len(last) if cut == "whole line" else -cut])
+    ran = watched(monkeypatch)
+    assert run(model, tokenizer, tmp_path, configs={"sliding": SLIDING}) == first
+    assert ran == [f"answers 4 {json.loads(last)['id']}"]
+    assert path.read_bytes() == before
+
+
+def test_the_folder_says_what_each_file_depends_on(model, tokenizer, tmp_path):
+    run(model, tokenizer, tmp_path, configs={"sliding": SLIDING})
+    (path,) = tmp_path.rglob("*.jsonl")
+    facts = json.loads(path.with_suffix(".json").read_text())
+    assert facts["swaa"] == SLIDING.to_dict()
+    assert (facts["task"], facts["length"], facts["seed"]) == ("answers", 16, 0)
+    assert path.name.startswith("answers-16-")
+
+
+TASKS = (RandomTask(), RandomTask("text"))
+PROGRAM = """
+import sys, time
+import test_evaluation as tests
+from swaa_flex.evaluation import scoring
+
+compute = scoring.results
+
+def slow(*batch):
+    time.sleep(float(sys.argv[2]))
+    return compute(*batch)
+
+scoring.results = slow
+tests.run(tests.tiny_model(), tests.words_tokenizer(), tests.Path(sys.argv[1]), tests.TASKS, count=8)
+"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_run_that_was_killed_ends_with_the_same_summary_and_runs_no_sample_twice(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(killed), "0.3"], env=ENVIRONMENT)
+    ran = watched(monkeypatch)
+    run(model, tokenizer, whole, TASKS, count=8)
+    of_whole = ran.copy()
+    ran.clear()
+    while len(lines(killed)) < 10:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = lines(killed)
+    assert 10 <= len(finished) < 48 and not (killed / "summary.json").exists()
+    run(model, tokenizer, killed, TASKS, count=8)
+    assert ran == of_whole[len(finished) :]
+    assert len({line["key"] for line in finished}) < len(lines(killed)) == 48
+    assert (killed / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_several_processes_share_the_samples(model, tokenizer, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "program.py"), str(tmp_path / "shared"), "0"]
+    environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shared = [len(path.read_text().splitlines()) for path in sorted(tmp_path.rglob("*.jsonl"))]
+    assert len(shared) == 2 * 6 and sum(shared) == 48  # a file of each process; no sample in both
+    run(model, tokenizer, tmp_path / "alone", TASKS, count=8)
+    assert (tmp_path / "shared" / "summary.json").read_bytes() == (tmp_path / "alone" / "summary.json").read_bytes()
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, tmp_path, monkeypatch, capsys):
+    expected = run(model, tokenizer, tmp_path / "enough", count=8)
+    compute, sizes = scoring.results, []
+
+    def little_memory(model, tokenizer, task, samples):
+        sizes.append(len(samples))
+        if len(samples) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(model, tokenizer, task, samples)
+
+    monkeypatch.setattr(scoring, "results", little_memory)
+    found = run(model, tokenizer, tmp_path / "little", count=8, batch_size=8)
+    assert found == expected
+    assert sizes[:3] == [8, 4, 2] and sizes.count(8) == 1  # and it is not tried again
+    assert "out of memory with 8 samples of 20 tokens, on with 4" in capsys.readouterr().err
+
+
+def test_a_sample_that_does_not_fit_is_named(model, tokenizer, tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(scoring, "results", no_memory)
+    with pytest.raises(DoesNotFitError, match="a sample of 20 tokens does not fit"):
+        run(model, tokenizer, tmp_path)
+
+
+# --- what it comes to ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "samples", "low", "high"),
+    # Newcombe, Statistics in Medicine 17 (1998), and R's prop.test(..., correct = FALSE)
+    [
+        (8, 10, 0.4902, 0.9433),
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (29, 29, 0.883, 1),
+    ],
+)
+def test_wilson(right, samples, low, high):
+    assert statistics.wilson(right, samples) == pytest.approx((low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "p"), [(1, 8, 0.0391), (8, 1, 0.0391), (0, 0, 1), (5, 5, 1), (0, 6, 0.03125)]
+)
+def test_mcnemar(gained, lost, p):
+    assert statistics.mcnemar(gained, lost) == pytest.approx(p, abs=5e-5)
+
+
+def test_paired_shares():
+    # By hand: (21/102 - 11/102) -+ 1.96 sqrt((32/102 - (10/102)^2) / 102)
+    assert statistics.paired_shares(20, 10, 100) == pytest.approx((-0.00894, 0.20502), abs=5e-5)
+
+
+def test_bootstrap_of_a_mean_is_as_wide_as_theory_has_it():
+    values = torch.randn(400, 1, generator=torch.Generator().manual_seed(0))
+    low, high = statistics.bootstrap(values, lambda means: means[:, 0])
+    error = float(values.std()) / 20
+    assert low == pytest.approx(float(values.mean()) - 1.96 * error, abs=0.2 * error)
+    assert high == pytest.approx(float(values.mean()) + 1.96 * error, abs=0.2 * error)
+    assert statistics.bootstrap(values, lambda means: means[:, 0]) == (low, high)
+
+
+def test_permutation_p_values():
+    assert statistics.sign_flips(torch.tensor([1.0, 1.0, 1.0, -1.0])) == 10 / 16  # sums of 2 or more: 5 of 16, twice
+    assert statistics.sign_flips(torch.zeros(30)) == 1
+    assert statistics.sign_flips(torch.ones(30)) == pytest.approx(1 / 2001)
+    shifted = torch.randn(100, generator=torch.Generator().manual_seed(0)) + 0.2
+    t = float(shifted.mean() / shifted.std() * 10)
+    assert statistics.sign_flips(shifted) == pytest.approx(math.erfc(t / math.sqrt(2)), abs=0.02)
+
+
+def verdicts(*scores):
+    return [{"score": score} for score in scores]
+
+
+def test_configurations_are_compared_with_full_attention_sample_by_sample():
+    full, other = summary.cells("t", 16, {"full": verdicts(*[1] * 9, 0), "other": verdicts(*[0] * 8, 1, 1)}, "full")
+    assert (full.value, full.samples, full.metric, full.against_full) == (0.9, 10, "score", None)
+    assert full.interval == statistics.wilson(9, 10)
+    assert other.against_full.difference == pytest.approx(-0.7)
+    assert other.against_full.p == pytest.approx(0.0391, abs=5e-5)
+    assert other.against_full.interval == statistics.paired_shares(1, 8, 10)
+    (without,) = summary.cells("t", 16, {"other": verdicts(1)}, None)
+    assert without.against_full is None
+
+
+def test_fractions_have_bootstrap_intervals_and_permutation_tests():
+    _, other = summary.cells("t", 16, {"full": verdicts(*[1] * 5), "other": verdicts(*[0.5] * 5)}, "full")
+    assert other.interval == (0.5, 0.5)
+    assert other.against_full == summary.Comparison(-0.5, (-0.5, -0.5), 0.0625)
+
+
+def test_perplexity_is_of_all_tokens():
+    def read(*pairs):
+        return [{"logprob": -nats, "tokens": tokens, "positions": {"128": [-nats, tokens]}} for nats, tokens in pairs]
+
+    full, other = summary.cells("t", 16, {"full": read((2, 2), (4, 4)), "other": read((4, 2), (8, 4))}, "full")
+    assert (full.value, full.metric) == (pytest.approx(math.e), "perplexity")
+    assert other.value == pytest.approx(math.e**2) and other.positions == {128: pytest.approx(math.e**2)}
+    assert other.against_full.difference == pytest.approx(math.e**2 - math.e)
+    assert other.interval == pytest.approx((math.e**2, math.e**2))
+    assert other.against_full.p == 0.5  # of two samples
+
+
+# --- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"configs": {}}, "configs: there are none"),
+        ({"tasks": ()}, "tasks: there are none"),
+        ({"tasks": (RandomTask(), RandomTask())}, "task answers is there 2 times"),
+        ({"count": 0}, "count=0: expected at least 1"),
+        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
+        ({"configs": {"a": SWAAConfig(full_attention_layers=(7,))}}, "layer 7 of 2 does not exist"),
+        ({"configs": {"a": "qality"}}, "did you mean 'quality'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(options, problem, model, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match=problem):
+        run(model, tokenizer, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lengths_beyond_the_model_are_refused(model, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="length 4096: expected 1 to 2048 tokens"):
+        evaluate(model, tokenizer, CONFIGS, [RandomTask()], [16, 4096], count=1, out=tmp_path)
+
+
+def test_what_a_task_refuses_is_refused_before_anything_is_run(model, tokenizer, tmp_path, monkeypatch):
+    def samples(self, tokenizer, length, count, seed):
+        if self.kind == "text":
+            raise ConfigError("length 16: too short")
+        return RandomTask.sample
+
+    monkeypatch.setattr(RandomTask, "samples", samples)
+    ran = watched(monkeypatch)
+    with pytest.raises(ConfigError, match="too short"):
+        run(model, tokenizer, tmp_path, [RandomTask(), RandomTask("text")])
+    assert ran == []
+
+
+def test_a_task_without_samples_is_refused(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(RandomTask, "samples", lambda *_: [])
+    with pytest.raises(ConfigError, match="it has no samples"):
+        run(model, tokenizer, tmp_path)
