@@ -20,7 +20,7 @@ from ..errors import ConfigError
 from ..tuning.identity import hashed
 from . import texts
 from .judges import name_of, substring_all
-from .prompts import ask, check_style
+from .prompts import ask, check
 from .sample import Judge, Sample
 
 SLACK = 3
@@ -52,7 +52,7 @@ class _Haystack:
     new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_style(self.style)
+        check(self.style, self.new_tokens)
         if self.noise and self.text is not None:
             raise ConfigError(f"noise=True, text={str(self.text)!r}: expected one of them; leave out the other")
 
@@ -88,7 +88,7 @@ class _Haystack:
 
         def prompt(chars: int) -> tuple[tuple[int, ...], str]:
             text = (endless * (chars // len(endless) + 1))[:chars]
-            content = f"{INTRODUCTION}\n\n{_with_needles(text, needles, depths).strip()}\n\n{question}"
+            content = f"{INTRODUCTION}\n\n{_with_needles(text, needles, depths)}\n\n{question}"
             return ask(tokenizer, [{"role": "user", "content": content}], self.style, self.template)
 
         chars = _longest(lambda chars: len(prompt(chars)[0]), length)
@@ -205,7 +205,7 @@ _WORD_END = re.compile(r"\s+")
 
 
 def _sentence_end(text: str, begin: int) -> int:
-    """Where the sentence ends that goes on at `begin`, or the word, if the sentence has no end within 300 characters."""
+    """Where the sentence that goes on at `begin` ends; or the word, if the sentence goes on for too long."""
     for end in _SENTENCE_END, _WORD_END:
         found = end.search(text, begin, begin + 300)
         if found:

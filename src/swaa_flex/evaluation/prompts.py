@@ -17,12 +17,14 @@ CUES = {"direct": "Answer:", "cot": "Reasoning:"}
 """What a prompt without a chat template ends with, by style: "direct", or "cot" for chain of thought."""
 
 
-def check_style(style: str) -> None:
-    """Raises a ConfigError unless there is such a style."""
+def check(style: str, new_tokens: int | None) -> None:
+    """Raises a ConfigError unless there is such a style, and an answer may have a token at least."""
     if style not in CUES:
         raise ConfigError(
             f"style={style!r}: expected 'direct', or 'cot' for reasoning before the answer{did_you_mean(style, CUES)}"
         )
+    if new_tokens is not None and new_tokens < 1:
+        raise ConfigError(f"new_tokens={new_tokens}: expected at least 1, or None for as many as the style takes")
 
 
 def ask(tokenizer: Any, messages: Messages, style: str, template: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..tuning import data
 from ..tuning.identity import hashed
 from .judges import name_of, substring, words
-from .prompts import Messages, ask, check_style, prepared
+from .prompts import Messages, ask, check, prepared
 from .sample import Judge, Sample
 
 
@@ -80,7 +80,7 @@ class Questions(_FromFile):
     new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_style(self.style)
+        check(self.style, self.new_tokens)
         rows, self.left_out = data.read_samples(self.path)
         for row in rows:
             if words(row.answer or ""):
