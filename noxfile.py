@@ -58,6 +58,12 @@ def tests_oldest(session: nox.Session) -> None:
 
 
 @nox.session
+def tests_lm_eval(session: nox.Session) -> None:
+    """Run the tests that need lm-evaluation-harness, which brings many packages."""
+    run_tests(session, "lm-eval>=0.4.13", paths=("tests/test_lm_eval.py",))
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting (to mend: `ruff check --fix` and `ruff format`)."""
     install(session, "--group", "lint")

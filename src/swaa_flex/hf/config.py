@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .. import recipes
 from ..config import SWAAConfig
+from ..errors import ConfigError
+
+RECIPE_VARIABLE = "SWAA_FLEX_RECIPE"
+"""The environment variable that replaces the default recipe; `swaa-flex run --swaa` sets it."""
 
 
 class StoredConfig(dict[str, Any]):
@@ -56,11 +61,30 @@ class SWAAAttribute:
 setattr(PreTrainedConfig, "swaa", SWAAAttribute())  # noqa: B010 (mypy knows no such attribute)
 
 
+def default_recipe() -> str | SWAAConfig:
+    """The recipe of models that come without one: what `SWAA_FLEX_RECIPE` says, else `recipes.DEFAULT`.
+
+    The variable holds the name of a recipe or a JSON object with the fields of a `SWAAConfig`. It is an environment
+    variable so that the processes of a launcher inherit it.
+
+    Raises:
+        ConfigError: if the variable holds something else.
+    """
+    recipe = os.environ.get(RECIPE_VARIABLE, recipes.DEFAULT)
+    try:
+        if recipe.lstrip().startswith("{"):
+            return SWAAConfig.from_json(recipe)
+        recipes.get(recipe)
+    except ConfigError as error:
+        raise ConfigError(f"{RECIPE_VARIABLE}: {error}") from error
+    return recipe
+
+
 def swaa_of(config: PreTrainedConfig) -> SWAAConfig:
     """The configuration a model runs with: `config.swaa`, or the default recipe."""
     stored = config.swaa
     if stored is None:
-        config.swaa = recipes.DEFAULT
+        config.swaa = default_recipe()
         stored = config.swaa
     parsed: SWAAConfig = stored.parsed
     return parsed
