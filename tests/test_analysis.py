@@ -121,6 +121,8 @@ class KnownLoss:
         self.of, self.fail_at, self.asked = of, fail_at, []
 
     def __call__(self, model):
+        assert not model.training and not torch.is_grad_enabled()
+        assert model.config._attn_implementation == "swaa_flex"
         full = tuple(model.config.swaa["full_attention_layers"])
         if len(self.asked) == self.fail_at:
             raise KeyboardInterrupt
