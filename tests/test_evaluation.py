@@ -137,16 +137,16 @@ def test_answers_are_those_of_each_prompt_alone(config, model, tokenizer, tmp_pa
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=sample.new_tokens, do_sample=False
             )
-        answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        answer = tokenizer.decode(out[0, ids.shape[1] :]).partition("<end>")[0].strip()
         assert found[sample.id]["answer"] == answer
         assert found[sample.id]["score"] == float(sample.answers[0] in answer.split())
 
 
 def test_an_answer_ends_at_its_stop_token_and_at_its_own_limit(model, tokenizer, monkeypatch):
     samples = [Sample("a", (6, 7), new_tokens=4), Sample("b", (6, 7, 8), new_tokens=2)]
-    written = torch.tensor([[6, 7, 3, 8], [7, 8, 9, 10]])  # 3 is <end>
+    written = torch.tensor([[6, 5, 3, 8], [7, 8, 9, 10]])  # 3 is <end>
     monkeypatch.setattr(LlamaForCausalLM, "generate", lambda self, input_ids, **_: torch.cat([input_ids, written], 1))
-    assert scoring.answers(model, tokenizer, samples) == ["red green", "green blue"]
+    assert scoring.answers(model, tokenizer, samples) == ["red </think>", "green blue"]
 
 
 def test_perplexity_is_kept_by_position(model, tokenizer, tmp_path, monkeypatch):

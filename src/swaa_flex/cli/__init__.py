@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from .. import recipes as named
 from .._version import __version__
 from ..errors import SWAAError
-from . import demo, distill, doctor, finetune, layers, run, show
+from . import demo, distill, doctor, eval, finetune, layers, recommend, run, show
 
 
 def main() -> None:
@@ -58,7 +58,9 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("show")(show.show)
 app.command("doctor")(doctor.doctor)
+app.command("eval")(eval.eval_)
 app.command("layers")(layers.layers)
+app.command("recommend")(recommend.recommend)
 app.command("distill")(distill.distill)
 app.command("finetune")(finetune.finetune)
 app.command("merge")(finetune.merge)

@@ -74,7 +74,8 @@ def answers(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> list[str]:
     for sample, row in zip(samples, out[:, max(lengths) :].tolist(), strict=True):
         written = row[: sample.new_tokens]
         end = next((place for place, token in enumerate(written) if token in stops), len(written))
-        texts.append(str(tokenizer.decode(written[:end], skip_special_tokens=True)))
+        # As written: where the marks of a thinking block are special tokens, judges need them.
+        texts.append(str(tokenizer.decode(written[:end], skip_special_tokens=False)))
     return texts
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 Z = 1.959964  # quantile of the normal distribution that leaves 2.5 % above it
 RESAMPLES = 2000
+AT_ONCE = 100  # of them, for memory
 
 
 class Interval(NamedTuple):
@@ -55,9 +56,9 @@ def bootstrap(values: Tensor, statistic: Callable[[Tensor], Tensor], seed: int =
     """
     generator = torch.Generator().manual_seed(seed)
     values = values.double()
-    means = torch.stack(
-        [values[torch.randint(len(values), (len(values),), generator=generator)].mean(0) for _ in range(RESAMPLES)]
-    )
+    size = (AT_ONCE, len(values))
+    draws = (torch.randint(len(values), size, generator=generator) for _ in range(0, RESAMPLES, AT_ONCE))
+    means = torch.cat([values[drawn].mean(1) for drawn in draws])
     low, high = statistic(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(low, high)
 
@@ -95,7 +96,7 @@ def mcnemar(gained: int, lost: int) -> float:
     """
     changed = gained + lost
     rarer = sum(math.comb(changed, k) for k in range(min(gained, lost) + 1))
-    return min(1.0, 2 * rarer / 2**changed)
+    return min(1.0, 2 * rarer / (1 << changed))
 
 
 def sign_flips(differences: Tensor, seed: int = 0) -> float:
@@ -116,10 +117,12 @@ def sign_flips(differences: Tensor, seed: int = 0) -> float:
     observed = differences.sum().abs() * (1 - 1e-9)  # equal sums may differ in the last digit
     if 2**count <= RESAMPLES:
         flipped = (torch.arange(2**count)[:, None] >> torch.arange(count)) % 2
-        return float((((1 - 2 * flipped).double() @ differences).abs() >= observed).double().mean())
+        return _as_far(flipped, differences, observed) / len(flipped)
     generator = torch.Generator().manual_seed(seed)
-    as_far = 0
-    for _ in range(RESAMPLES):
-        flipped = torch.randint(2, (count,), generator=generator)
-        as_far += bool(((1 - 2 * flipped).double() @ differences).abs() >= observed)
-    return (as_far + 1) / (RESAMPLES + 1)
+    draws = (torch.randint(2, (AT_ONCE, count), generator=generator) for _ in range(0, RESAMPLES, AT_ONCE))
+    return (sum(_as_far(flipped, differences, observed) for flipped in draws) + 1) / (RESAMPLES + 1)
+
+
+def _as_far(flipped: Tensor, differences: Tensor, observed: Tensor) -> int:
+    """How many sums with these signs are as far from 0; `[permutations, samples]`, 1 for a difference turned round."""
+    return int((((1 - 2 * flipped).double() @ differences).abs() >= observed).sum())

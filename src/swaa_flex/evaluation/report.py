@@ -1,0 +1,123 @@
+"""A summary as a table for the terminal, and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from .statistics import Interval
+from .summary import Cell, Summary
+
+COLUMN = 24  # characters
+
+
+def tables(summary: Summary, width: int) -> list[Table]:
+    """Configurations by task and length, in as many tables as the width takes.
+
+    A cell holds the value with its interval, and under it the difference from full attention with its interval and p.
+
+    Args:
+        summary: what an evaluation came to.
+        width: characters per line.
+    """
+    columns = list(dict.fromkeys((cell.task, cell.length) for cell in summary.cells))
+    names = max(12, *map(len, summary.configs))
+    at_once = max(1, (width - min(names, width // 3)) // COLUMN)
+    return [_table(summary, columns[first : first + at_once]) for first in range(0, len(columns), at_once)]
+
+
+def notes(summary: Summary) -> str:
+    """What the numbers of the table are."""
+    text = "Scores in percent; perplexity, lower is better. In brackets: intervals of 95 %."
+    if summary.baseline is None:
+        return f"{text} Without full attention among the configurations, there is nothing to compare them with."
+    return (
+        f"{text} Second line: difference from {summary.baseline} on the same samples. p: McNemar's exact test where "
+        "all scores are 0 or 100, otherwise a permutation test; not corrected for the number of tests."
+    )
+
+
+def draw(summary: Summary, path: Path) -> None:
+    """Writes a picture with a panel per task: values with their intervals over the lengths.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError("the picture needs matplotlib: pip install 'swaa-flex[plot]'") from error
+    tasks = list(dict.fromkeys(cell.task for cell in summary.cells))
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.6), dpi=120, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for panel in panels[len(tasks) :]:
+        panel.set_axis_off()
+    for task, panel in zip(tasks, panels, strict=False):
+        of_task = [cell for cell in summary.cells if cell.task == task]
+        lengths = list(dict.fromkeys(cell.length for cell in of_task))
+        for number, config in enumerate(summary.configs):
+            cells = [cell for cell in of_task if cell.config == config]
+            aside = 0.5 * ((number + 0.5) / len(summary.configs) - 0.5)  # so that intervals do not cover each other
+            places = [lengths.index(cell.length) + aside for cell in cells]
+            values = [_shown(cell, cell.value) for cell in cells]
+            low = [value - _shown(cell, cell.interval.low) for value, cell in zip(values, cells, strict=True)]
+            high = [_shown(cell, cell.interval.high) - value for value, cell in zip(values, cells, strict=True)]
+            errors = [[max(0.0, error) for error in side] for side in (low, high)]
+            panel.errorbar(places, values, errors, marker="o", markersize=4, capsize=2, linewidth=1, label=config)
+        panel.set_xticks(range(len(lengths)), [_length(length) or "all" for length in lengths])
+        panel.set_title(task, fontsize=10)
+        panel.set_ylabel("score, %" if of_task[0].metric == "score" else "perplexity", fontsize=8)
+        if of_task[0].metric == "perplexity":
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:.3g}")
+            panel.yaxis.set_minor_formatter("{x:.3g}")
+        panel.grid(alpha=0.3)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, fontsize=8, ncols=min(4, len(summary.configs)), loc="outside lower center")
+    figure.suptitle(summary.model, fontsize=11)
+    figure.savefig(path)
+
+
+def _table(summary: Summary, columns: list[tuple[str, int | None]]) -> Table:
+    cells = {(cell.config, cell.task, cell.length): cell for cell in summary.cells}
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("recipe")
+    for task, length in columns:
+        cell = next(cell for cell in summary.cells if (cell.task, cell.length) == (task, length))
+        below = ", ".join(part for part in (_length(length), f"n {cell.samples}") if part)
+        table.add_column(f"{task}\n{below}", no_wrap=True)
+    for config in summary.configs:
+        table.add_row(Text(config, style="bold"), *(_text(cells[config, *column]) for column in columns))
+    return table
+
+
+def _text(cell: Cell) -> str:
+    lines = [f"{_number(cell, cell.value)} {_interval(cell, cell.interval)}"]
+    if cell.against_full is not None:
+        found = cell.against_full
+        lines.append(f"{_number(cell, found.difference, '+')} {_interval(cell, found.interval, '+')}")
+        lines.append("p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}")
+    return "\n".join(lines)
+
+
+def _interval(cell: Cell, interval: Interval, sign: str = "") -> str:
+    return rf"\[{_number(cell, interval.low, sign)}, {_number(cell, interval.high, sign)}]"
+
+
+def _number(cell: Cell, value: float, sign: str = "") -> str:
+    return f"{_shown(cell, value):{sign}.{1 if cell.metric == 'score' else 2}f}"
+
+
+def _shown(cell: Cell, value: float) -> float:
+    return 100 * value if cell.metric == "score" else value
+
+
+def _length(length: int | None) -> str:
+    if length is None:
+        return ""
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
