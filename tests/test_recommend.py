@@ -1,0 +1,178 @@
+"""What configurations cost, and which one is recommended."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import visible_pairs as pairs_of
+from test_demo import tiny, word_tokenizer
+from typer.testing import CliRunner
+
+import swaa_flex
+from swaa_flex import ConfigError, SWAAConfig
+from swaa_flex.analysis.cost import Cost, Rates, estimate, measure, visible_pairs
+from swaa_flex.analysis.recommend import FULL, Option, Quality, able, candidates, choose, qualities, shrunk
+from swaa_flex.cli import app
+from swaa_flex.cli.trial import visible_to
+from swaa_flex.config import LayerKind
+from swaa_flex.evaluation.statistics import Interval
+from swaa_flex.evaluation.summary import Cell, Summary
+
+NEAR = SWAAConfig(9, 3, (), True, dense_tail=4)
+FASTEST_MEMORY = Rates("none", matmul=1.0, attention=float("inf"), bandwidth=float("inf"))
+FREE_PRODUCTS = Rates("none", matmul=float("inf"), attention=1.0, bandwidth=float("inf"))
+
+
+@pytest.mark.parametrize(
+    "config", [NEAR, replace(NEAR, dense_tail=0), FULL, replace(NEAR, sliding_window=60)], ids=repr
+)
+@pytest.mark.parametrize("length", [1, 8, 9, 12, 13, 50])
+@pytest.mark.parametrize("full", [False, True])
+def test_visible_pairs_are_those_of_the_mask(config, length, full):
+    kind = LayerKind(full, True)
+    assert visible_pairs(config, kind, length) == pairs_of(visible_to(config, kind, length), length, length).sum()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [FULL, NEAR, replace(NEAR, full_attention_decode=False), replace(NEAR, full_attention_layers="1::2")],
+    ids=["full", "FA decode", "no FA decode", "half"],
+)
+def test_a_model_holds_what_is_estimated(config):
+    model = tiny(4).to(torch.bfloat16)
+    swaa_flex.adapt(model, "balanced")
+    before = model.config.swaa
+    assert measure(model, config, 50, tokens=2).cache_bytes == estimate(model, config, 52).cache_bytes
+    assert model.config.swaa == before
+
+
+def test_the_estimate_counts_operations_and_bytes():
+    model = tiny(2)
+    text = model.config
+    linear = sum(
+        m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+    )
+    assert estimate(model, FULL, 50, FASTEST_MEMORY).first_token_s == 2 * linear * 50
+    pairs = 50 * 51 // 2 * text.num_hidden_layers
+    head_dim = text.hidden_size // text.num_attention_heads
+    assert estimate(model, FULL, 50, FREE_PRODUCTS).first_token_s == 4 * text.num_attention_heads * head_dim * pairs
+    slow = Rates("none", matmul=1.0, attention=1.0, bandwidth=1.0)
+    head = model.lm_head.weight.numel()
+    assert estimate(model, FULL, 50, slow).token_s == 2 * (linear + head) + estimate(model, FULL, 50).cache_bytes
+
+
+def test_windows_shrink_with_the_prompt_and_sinks_only_so_far():
+    config = SWAAConfig(2048, 128)
+    assert shrunk(config, 131072, 16384) == replace(config, sliding_window=256, sink_tokens=16)
+    assert shrunk(config, 131072, 1024) == replace(config, sliding_window=16, sink_tokens=4)
+    assert shrunk(replace(config, sink_tokens=2), 131072, 1024).sink_tokens == 2
+    assert shrunk(config, 4096, 4096) == config
+    assert shrunk(FULL, 131072, 1024) == FULL
+
+
+def test_candidates_vary_window_layers_and_decoding():
+    found = candidates(NEAR, [2048, 5000], {"odd layers": "1::2"})
+    assert list(found) == ["full attention"] + [
+        f"window {w}{rest}" for w in ("2k", "5000") for rest in (", no FA decode", "", ", odd layers full")
+    ]
+    assert found["window 2k, odd layers full"] == replace(NEAR, sliding_window=2048, full_attention_layers="1::2")
+    assert not found["window 5000, no FA decode"].full_attention_decode
+
+
+def cell(config, task, value, low, high, metric="score"):
+    return Cell(config, task, 1024, metric, 10, value, Interval(low, high), None)
+
+
+SUMMARY = Summary(
+    "tiny",
+    0,
+    {"full attention": {}, "mine": {}},
+    "full attention",
+    (
+        cell("full attention", "niah", 0.8, 0.7, 0.9),
+        cell("full attention", "vt", 0.0, 0.0, 0.1),
+        cell("full attention", "ppl", 10.0, 9.0, 11.0, "perplexity"),
+        cell("mine", "niah", 0.4, 0.2, 0.6),
+        cell("mine", "vt", 0.1, 0.0, 0.2),
+        cell("mine", "ppl", 20.0, 16.0, 40.0, "perplexity"),
+    ),
+)
+
+
+def test_quality_is_relative_to_full_attention_where_that_can_do_the_task():
+    full = able(SUMMARY, "full attention")
+    found = qualities(SUMMARY, full)
+    assert found["full attention"].ratio == 1
+    assert found["mine"].by_task == {"niah": 0.5, "ppl": 0.5}
+    assert found["mine"].ratio == 0.5
+    assert found["mine"].low == pytest.approx((0.2 / 0.8 + 10 / 40) / 2)
+
+
+def test_tasks_that_full_attention_fails_say_nothing():
+    failing = replace(SUMMARY, cells=SUMMARY.cells[1:2])
+    with pytest.raises(ConfigError, match="no answer right in vt; take shorter prompts"):
+        able(failing, "full attention")
+
+
+def option(name, ratio, seconds):
+    return Option(name, NEAR, False, Quality(ratio, ratio, {}), Cost(seconds, 0.0, 0), seconds)
+
+
+def test_the_fastest_that_keeps_enough_is_chosen():
+    options = [option("full", 1.0, 10), option("half", 0.96, 6), option("worse", 0.9, 7), option("naive", 0.1, 2)]
+    found = choose(options, 0.95, context=1, length=1, timed="")
+    assert found.chosen.name == "half"
+    assert [o.name for o in found.options] == ["naive", "half", "worse", "full"]
+    assert [o.name for o in found.front] == ["naive", "half", "full"]
+    assert choose(options, 0.97, context=1, length=1, timed="").chosen.name == "full"
+    assert choose(options, 0.05, context=1, length=1, timed="").chosen.name == "naive"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny(4).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run(*arguments):
+    runner = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"})
+    return runner.invoke(app, ["recommend", *map(str, arguments)])
+
+
+def test_the_command_writes_a_configuration_table_and_picture(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    given = (folder, "--tasks", "ppl", "--samples", 2, "--context", 512, "--length", 384, "--out", tmp_path)
+    done = run(*given, "--budget", 0.5, "--json")
+    assert done.exit_code == 0, done.output
+    printed = json.loads(done.stdout)
+    assert printed == json.loads((tmp_path / "recommend.json").read_text())
+    assert SWAAConfig.from_json((tmp_path / "swaa.json").read_text()).to_dict() == printed["chosen"]["config"]
+    assert (tmp_path / "recommend.png").read_bytes().startswith(b"\x89PNG")
+    assert printed["timed"] == "estimated for NVIDIA H200"
+    assert {o["config"]["sliding_window"] for o in printed["options"]} == {None, 8, 32}
+    assert [o["total_s"] for o in printed["options"]] == sorted(o["total_s"] for o in printed["options"])
+    table = run(*given, "--budget", 1, "--time", "measured")
+    assert table.exit_code == 0, table.output
+    assert "measured on this CPU" in table.stdout.replace("\n", " ")
+    assert max(len(line) for line in table.stdout.splitlines() if "from_pretrained" not in line) <= 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--budget", 1.5), "--budget 1.5: expected a share"),
+        (("--time", "measure"), "did you mean"),
+        (("--samples", 0), "--samples 0: expected at least 1"),
+        (("--context", "many"), "--context many: expected a number of tokens"),
+        (("--context", "128k"), "the model goes no further than"),
+        (("--context", 256, "--length", 512), "--length 512: expected at most the 256 tokens"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, said, folder, tmp_path):
+    done = run(folder, *arguments, "--out", tmp_path)
+    assert done.exit_code == 1
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
