@@ -33,8 +33,7 @@ import swaa_flex
 from swaa_flex import SWAAConfig, recipes
 from swaa_flex.analysis import AnswerLoss, evaluations, greedy, lazy, sensitivity
 
-METHODS = {"lazy": lazy, "sensitivity": sensitivity, "greedy": greedy}
-CALIBRATIONS = ("retrieval", "text")
+CHOSEN_BY = tuple((m, c) for m in ("lazy", "sensitivity", "greedy") for c in ("retrieval", "text"))
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class Config:
     sinks: int = 16
     dense_tail: int = 64
     budgets: tuple[int, ...] = (15, 7)
+    chosen_by: tuple[tuple[str, str], ...] = CHOSEN_BY  # method, and what it is calibrated on
     calibration_length: int = 1024  # tokens of prompts and prefixes to choose by
     calibration_prompts: int = 8  # of each task; as many texts as in all of them
     calibration_scored: int = 128  # tokens after each prefix
@@ -66,17 +66,18 @@ class Config:
 
 
 QUICK = Config(
-    window=64,
+    window=32,
     sinks=4,
-    dense_tail=32,
+    dense_tail=16,
     budgets=(1,),
-    calibration_length=320,
+    chosen_by=(("lazy", "text"), ("sensitivity", "retrieval"), ("greedy", "text")),
+    calibration_length=256,
     calibration_prompts=1,
-    calibration_scored=32,
-    lengths=(320,),
+    calibration_scored=16,
+    lengths=(256,),
     prompts=2,
-    prefixes=(320,),
-    scored=32,
+    prefixes=(256,),
+    scored=16,
     texts=2,
     tokens_at_once=2000,
     processes=1,
@@ -106,7 +107,7 @@ def main() -> None:
     # Speed does not matter here, so processes share the device; each keeps its model and kernels.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.processes, spawn, torch.set_num_threads, (threads,)) as pool:
-        choosing = [pool.submit(chosen, config, m, c) for m in reversed(METHODS) for c in CALIBRATIONS]
+        choosing = [pool.submit(chosen, config, *by) for by in reversed(config.chosen_by)]  # what takes longest first
         scoring = [pool.submit(scored, config, result) for result in given_layers(config)]
         for choice in as_completed(choosing):
             scoring += [pool.submit(scored, config, result) for result in choice.result()]
@@ -143,9 +144,12 @@ def chosen(config: Config, method: str, calibration: str) -> list[Result]:
                 choices = [lazy(model, prompts, config.with_full(), budget) for budget in config.budgets]
             else:
                 losses = evaluations(method, 30, max(config.budgets))
-                search = functools.partial(METHODS[method], model, AnswerLoss(pairs), config.with_full())
-                path = Path(folder) / "losses.json"
-                choices = [search(budget, path=path, progress=False) for budget in config.budgets]
+                search = sensitivity if method == "sensitivity" else greedy
+                loss, path = AnswerLoss(pairs), Path(folder) / "losses.json"
+                choices = [
+                    search(model, loss, config.with_full(), budget, path=path, progress=False)
+                    for budget in config.budgets
+                ]
         took = time.perf_counter() - start
         return [
             Result(name, budget, tuple(sorted(choice.order)), losses=losses, choosing_s=took)
@@ -223,7 +227,7 @@ def noted(error: Exception) -> str:
 
 def ranked(results: list[Result]) -> list[Result]:
     """All, none, then by budget, the larger first, in the order of the methods."""
-    order = ["all", "none", "odd", "even", *(f"{m}, {c}" for m in METHODS for c in CALIBRATIONS)]
+    order = ["all", "none", "odd", "even", *(", ".join(by) for by in CHOSEN_BY)]
     return sorted(results, key=lambda r: (bool(r.budget), -(r.budget or 0), order.index(r.choice)))
 
 

@@ -267,7 +267,7 @@ def test_answers_are_read_as_generated_ones():
 def test_other_answers_have_another_fingerprint():
     pairs = [([1, 2, 3], [4]), ([1, 2], [3, 4])]
     assert len({AnswerLoss([pair]).fingerprint for pair in pairs}) == 2
-    assert AnswerLoss([((1, 2, 3), (4,))]).fingerprint == AnswerLoss(pairs[:1]).fingerprint
+    assert AnswerLoss([(range(1, 4), (4,))]).fingerprint == AnswerLoss(pairs[:1]).fingerprint
 
 
 # --- the model afterwards ----------------------------------------------------------------------------------
