@@ -226,7 +226,7 @@ def test_without_full_attention_the_notes_say_so():
         (("--recipes", "full,qality"), "did you mean 'quality'"),
         (("--recipes", "nowhere.json"), "--recipes nowhere.json: "),
         (("--tasks", "nia"), "did you mean 'niah'"),
-        (("--lengths", "4m"), "--lengths 4m: expected numbers of tokens such as 3000, or 4k for 4096"),
+        (("--lengths", "4m"), "--lengths 4m: expected a number of tokens such as 3000, or 4k for 4096"),
         (("--lengths", "1k,4k"), "length 4096: expected 1 to 2048 tokens"),
         (("--window", "0"), "--window 0: expected at least 1 token"),
         (("--samples", "0"), "count=0: expected at least 1"),

@@ -58,9 +58,19 @@ class RandomTask:
         return Sample(str(number), prompt, (chance.choice(["red", "green", "blue"]),), new_tokens=4 + number % 3)
 
 
+def decided_model():
+    """With weights so large that what a row sees changes what it says."""
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.5)
+    return model
+
+
 @pytest.fixture
 def model():
-    return tiny_model()
+    return decided_model()
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +150,15 @@ def test_answers_are_those_of_each_prompt_alone(config, model, tokenizer, tmp_pa
         answer = tokenizer.decode(out[0, ids.shape[1] :]).partition("<end>")[0].strip()
         assert found[sample.id]["answer"] == answer
         assert found[sample.id]["score"] == float(sample.answers[0] in answer.split())
+
+
+def test_answers_differ_between_configurations(model, tokenizer, tmp_path):
+    run(model, tokenizer, tmp_path)
+    by_sample = {}
+    for line in lines(tmp_path):
+        by_sample.setdefault(line["id"], []).append(line["answer"])
+    assert all(len(answers) == 3 for answers in by_sample.values())
+    assert any(len(set(answers)) == 3 for answers in by_sample.values())
 
 
 def test_an_answer_ends_at_its_stop_token_and_at_its_own_limit(model, tokenizer, monkeypatch):
@@ -284,7 +303,7 @@ def slow(*batch):
     return compute(*batch)
 
 scoring.results = slow
-tests.run(tests.tiny_model(), tests.words_tokenizer(), tests.Path(sys.argv[1]), tests.TASKS, count=8)
+tests.run(tests.decided_model(), tests.words_tokenizer(), tests.Path(sys.argv[1]), tests.TASKS, count=8)
 """
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
 

@@ -25,6 +25,7 @@ from ..evaluation.sample import Task
 from ..evaluation.summary import Summary
 from ..tuning import load_adapter
 from . import checkpoint, left_out
+from . import tokens as token_counts
 from .trial import scaled
 
 PICTURE = "summary.png"
@@ -94,7 +95,7 @@ def eval_(
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    chosen_lengths = [_tokens(length) for length in _list(lengths)]
+    chosen_lengths = [token_counts.read("--lengths", length) for length in _list(lengths)]
     chosen_tasks = _tasks(tasks, {"text": text, "style": style, "judge": judge})
     by_model: Mapping[str, list[dict[str, Any]] | None] = {model or checkpoint.installed(): None}
     if settings_file is not None:
@@ -173,13 +174,6 @@ def _say(text: str) -> None:
 
 def _list(given: str) -> list[str]:
     return [part.strip() for part in given.split(",") if part.strip()]
-
-
-def _tokens(length: str) -> int:
-    number = re.fullmatch(r"([0-9]+)(k?)", length.lower())
-    if number is None:
-        raise ConfigError(f"--lengths {length}: expected numbers of tokens such as 3000, or 4k for 4096")
-    return int(number[1]) * (1024 if number[2] else 1)
 
 
 def _show(summary: Summary, folder: Path, as_json: bool) -> None:
