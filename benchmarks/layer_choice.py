@@ -18,7 +18,7 @@ import os
 import tempfile
 import time
 import traceback
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,16 @@ def main() -> None:
     # Speed does not matter here, so processes share the device; each keeps its model and kernels.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.processes, spawn, torch.set_num_threads, (threads,)) as pool:
-        choosing = [pool.submit(chosen, config, *by) for by in reversed(config.chosen_by)]  # what takes longest first
-        scoring = [pool.submit(scored, config, result) for result in given_layers(config)]
-        for choice in as_completed(choosing):
-            scoring += [pool.submit(scored, config, result) for result in choice.result()]
-        for done in as_completed(scoring):
-            report.add(done.result())
+        # What takes longest first; what is chosen is scored at once, so that results come early.
+        running: set[Future[Any]] = {pool.submit(chosen, config, *by) for by in reversed(config.chosen_by)}
+        running |= {pool.submit(scored, config, result) for result in given_layers(config)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for result in (future.result() for future in done):
+                if isinstance(result, Result):
+                    report.add(result)
+                else:
+                    running |= {pool.submit(scored, config, choice) for choice in result}
     report.results[:] = ranked(report.results)
     report.close(table(report.results), plot)
 
