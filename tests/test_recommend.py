@@ -14,8 +14,6 @@ from swaa_flex import ConfigError, SWAAConfig
 from swaa_flex.analysis.cost import Cost, Rates, estimate, measure, visible_pairs
 from swaa_flex.analysis.recommend import FULL, Option, Quality, able, candidates, choose, qualities, shrunk
 from swaa_flex.cli import app
-from swaa_flex.cli.trial import visible_to
-from swaa_flex.config import LayerKind
 from swaa_flex.evaluation.statistics import Interval
 from swaa_flex.evaluation.summary import Cell, Summary
 
@@ -28,10 +26,11 @@ FREE_PRODUCTS = Rates("none", matmul=float("inf"), attention=1.0, bandwidth=floa
     "config", [NEAR, replace(NEAR, dense_tail=0), FULL, replace(NEAR, sliding_window=60)], ids=repr
 )
 @pytest.mark.parametrize("length", [1, 8, 9, 12, 13, 50])
-@pytest.mark.parametrize("full", [False, True])
-def test_visible_pairs_are_those_of_the_mask(config, length, full):
-    kind = LayerKind(full, True)
-    assert visible_pairs(config, kind, length) == pairs_of(visible_to(config, kind, length), length, length).sum()
+@pytest.mark.parametrize("layer", [0, 1])
+def test_visible_pairs_are_those_of_the_mask(config, length, layer):
+    config = replace(config, full_attention_layers=[1])
+    mask = config.mask_for(layer, 2, prompt_length=length)
+    assert visible_pairs(config, config.resolve(2)[layer], length) == pairs_of(mask, length, length).sum()
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import LayerKind, SWAAConfig
+from ..config import SWAAConfig
 from ..hf import adapt, prompt, restore
-from ..masks import Mask, causal, rows_from, sinks, window
+from ..masks import Mask
 from .passkey import Passkey, found
 
 SCORED = 200  # tokens at the end of the text, whose perplexity is measured
@@ -136,25 +136,13 @@ def reach(config: SWAAConfig, num_hidden_layers: int, prompt_length: int) -> tup
         of the layers. Counted in the masks.
     """
     kinds = config.resolve(num_hidden_layers)
-    seen = {kind: _visible(visible_to(config, kind, prompt_length), prompt_length + 1) for kind in set(kinds)}
+    seen = {}
+    for kind in set(kinds):
+        mask = config.mask_for(kinds.index(kind), num_hidden_layers, prompt_length=prompt_length)
+        seen[kind] = _visible(mask, prompt_length + 1)
     attended = sum(float(seen[kind][:-1].sum()) for kind in kinds) / len(kinds)
     kept = sum(float(seen[kind][-1].sum()) for kind in kinds) / len(kinds)
     return attended / (prompt_length * (prompt_length + 1) / 2), kept / (prompt_length + 1)
-
-
-def visible_to(config: SWAAConfig, kind: LayerKind, prompt_length: int) -> Mask:
-    """The mask of a layer for a prompt and the decode rows after it.
-
-    >>> config = SWAAConfig(sliding_window=128, sink_tokens=8, dense_tail=0)
-    >>> visible_to(config, LayerKind(full=False, full_attention_decode=True), 1000)
-    causal & (window(128) | sinks(8) | rows_from(1000))
-    """
-    if kind.full or config.sliding_window is None:
-        return causal()
-    dense = rows_from(prompt_length - config.dense_tail)
-    if not kind.full_attention_decode:
-        dense &= ~rows_from(prompt_length)
-    return causal() & (window(config.sliding_window) | sinks(config.sink_tokens) | dense)
 
 
 def real_text(tokenizer: Any, tokens: int) -> Tensor:
