@@ -173,6 +173,7 @@ def test_reasoning_is_asked_for_where_the_style_says_so(tokenizer):
     assert "step by step" not in text_of(tokenizer, direct)
     assert (direct.reasoned, reasoned.reasoned) == (False, True)
     assert reasoned.new_tokens > 10 * direct.new_tokens
+    assert one("niah_single", new_tokens=7).samples(tokenizer, 1200, 1, 0)[0].new_tokens == 7
     (base,) = one("niah_single", style="cot").samples(byte_tokenizer(None), 1200, 1, 0)
     assert text_of(byte_tokenizer(None), base).endswith("\n\nReasoning:")
     task = one("niah_single", style="cot")
