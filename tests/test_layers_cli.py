@@ -12,6 +12,7 @@ import swaa_flex
 from swaa_flex import SWAAConfig
 from swaa_flex.analysis import evaluations
 from swaa_flex.cli import app, layers
+from swaa_flex.cli import tokens as token_counts
 
 LAYERS = 4
 SMALL = ("--window", 6, "--sinks", 2, "--length", 40, "--texts", 2)
@@ -110,7 +111,7 @@ def test_texts_are_spread_over_the_file(tmp_path):
 
 @pytest.mark.parametrize(("given", "tokens"), [("3000", 3000), ("1k", 1024), ("16K", 16384)])
 def test_lengths_are_tokens_or_thousands_of_them(given, tokens):
-    assert layers._tokens(given) == tokens
+    assert token_counts.read("--length", given) == tokens
 
 
 def test_without_matplotlib_all_but_the_picture_is_written(folder, tmp_path, monkeypatch):

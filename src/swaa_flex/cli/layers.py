@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Annotated, Any
 
 import typer
@@ -22,8 +20,10 @@ from ..analysis import AnswerLoss, LayerChoice, evaluations, greedy, lazy, sensi
 from ..analysis.choice import layers_of
 from ..config import SWAAConfig
 from ..errors import ConfigError, did_you_mean
+from ..evaluation.texts import read as read_text
 from ..files import write_atomically
 from . import checkpoint
+from . import tokens as token_counts
 
 METHODS = ("lazy", "sensitivity", "greedy")
 SCORED = 128  # tokens after each prefix whose loss is measured
@@ -79,7 +79,7 @@ def layers(
         raise ConfigError(f"--method {method}: expected one of {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
     if texts < 1:
         raise ConfigError(f"--texts {texts}: expected at least 1")
-    tokens = _tokens(length)
+    tokens = token_counts.read("--length", length)
     config = replace(recipes.get("balanced"), sliding_window=window, sink_tokens=sinks)
     if tokens <= window + sinks:
         raise ConfigError(
@@ -127,18 +127,10 @@ def _choice(
     return search(model, AnswerLoss.of_texts(texts, SCORED), config, budget, path=path)
 
 
-def _tokens(length: str) -> int:
-    number = re.fullmatch(r"([0-9]+)(k?)", length.lower())
-    if number is None:
-        raise ConfigError(f"--length {length}: expected a number of tokens such as 3000, or 4k for 4096")
-    return int(number[1]) * (1024 if number[2] else 1)
-
-
 def _stretches(tokenizer: Any, file: Path | None, tokens: int, count: int) -> list[list[int]]:
     """Token ids of stretches of a text, evenly spread."""
     name = "the documentation of Python" if file is None else str(file)
-    text = "\n\n".join(topics[topic] for topic in sorted(topics)) if file is None else file.read_text("utf-8")
-    ids: list[int] = tokenizer(text, verbose=False).input_ids
+    ids: list[int] = tokenizer(read_text(file), verbose=False).input_ids
     if len(ids) < tokens:
         raise ConfigError(
             f"{name} has {len(ids)} tokens, fewer than the {tokens} that are read; take a longer text or a smaller "
