@@ -239,3 +239,9 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(changed, problem, give
     error = next(line for line in done.stderr.splitlines() if line.startswith("Error: "))
     assert problem in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changed", [("--recipes", "full,qality"), ("--tasks", "nia"), ("--lengths", "4m")])
+def test_it_is_said_before_the_model_is_loaded(changed, given, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load", lambda name: pytest.fail("loaded"))
+    assert run(*given, *changed).exit_code == 1
