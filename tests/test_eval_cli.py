@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from swaa_flex import ConfigError, SWAAConfig, adapt, recipes
 from swaa_flex.cli import app, checkpoint
+from swaa_flex.cli import eval as eval_cli
 from swaa_flex.evaluation import report, scoring, settings
 from swaa_flex.evaluation.statistics import Interval
 from swaa_flex.evaluation.summary import Cell, Comparison, Summary
@@ -58,19 +60,28 @@ def test_eval_prints_a_table_and_writes_summary_and_picture(given, folder, tmp_p
     assert f"wrote summary.json and summary.png to {tmp_path / 'out'}" in done.stderr
     assert (tmp_path / "out" / "summary.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert list(summary["configs"]) == ["full", "naive", str(folder / "mine.json")]
+    assert list(summary["configs"]) == ["full", "naive", "mine.json"]
     assert summary["configs"]["naive"] == recipes.get("naive").to_dict()
-    assert summary["configs"][str(folder / "mine.json")] == MINE.to_dict()
+    assert summary["configs"]["mine.json"] == MINE.to_dict()
     found = {(cell["task"], cell["config"]): cell for cell in summary["cells"]}
     assert len(found) == 6
     assert all(cell["samples"] == 3 and cell["length"] == 300 for cell in found.values())
     # The window of `naive` is longer than the texts, so it is full attention; the other one is not.
     assert found["ppl", "naive"]["value"] == pytest.approx(found["ppl", "full"]["value"], rel=1e-5)
-    mine = found["ppl", str(folder / "mine.json")]
+    mine = found["ppl", "mine.json"]
     assert abs(mine["against_full"]["difference"]) > 1e-3
     assert f"{mine['value']:.2f} [{mine['interval'][0]:.2f}, {mine['interval'][1]:.2f}]" in done.stdout
     assert f"p = {mine['against_full']['p']:.3f}" in done.stdout
     assert "qa:rows" in done.stdout and "300, n 3" in done.stdout and "mine.json" in done.stdout
+
+
+def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    paths = [tmp_path / name / "mine.json" for name in ("a", "b")]
+    for size, path in enumerate(paths, 4):
+        path.parent.mkdir()
+        path.write_text(replace(MINE, sliding_window=size).to_json())
+    found = eval_cli._recipes(",".join(map(str, paths)), None, None, None)
+    assert {name: config.sliding_window for name, config in found.items()} == {"mine.json": 4, str(paths[1]): 5}
 
 
 def test_json_is_the_summary_in_one_line_and_nothing_else(given, tmp_path):
@@ -89,7 +100,7 @@ def test_windows_and_sinks_shrink_for_small_models(folder, given, tmp_path):
     names = f"full,naive,quality,{folder / 'mine.json'}"
     summary = json.loads(answered(*given, "--recipes", names, "--window", 16, "--sinks", 3, "--json").stdout)
     sizes = {name: (config["sliding_window"], config["sink_tokens"]) for name, config in summary["configs"].items()}
-    assert sizes == {"full": (None, 0), "naive": (16, 0), "quality": (64, 3), str(folder / "mine.json"): (4, 1)}
+    assert sizes == {"full": (None, 0), "naive": (16, 0), "quality": (64, 3), "mine.json": (4, 1)}
 
 
 def test_without_matplotlib_there_is_a_line_about_it(given, monkeypatch):

@@ -58,7 +58,7 @@ def visible_pairs(config: SWAAConfig, kind: LayerKind, length: int) -> int:
     """Query-key pairs that a layer of this kind looks at in a prompt.
 
     >>> visible_pairs(SWAAConfig(2, 1, (), True, dense_tail=1), LayerKind(False, True), 5)
-    15
+    14
     >>> visible_pairs(SWAAConfig(2, 1, (), True, dense_tail=0), LayerKind(False, True), 5)
     12
     """

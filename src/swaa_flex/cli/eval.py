@@ -134,7 +134,9 @@ def _recipes(given: str, model_type: str | None, window: int | None, sinks: int 
     for name in _list(given):
         if name.endswith(".json"):
             try:
-                configs[name] = SWAAConfig.from_json(Path(name).read_text())
+                # Known by the name of the file alone, as long as that tells it apart.
+                short = Path(name).name
+                configs[name if short in configs else short] = SWAAConfig.from_json(Path(name).read_text())
             except (OSError, ConfigError) as error:
                 raise ConfigError(f"--recipes {name}: {error}") from error
             continue
