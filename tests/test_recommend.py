@@ -155,7 +155,7 @@ def test_the_command_writes_a_configuration_table_and_picture(folder, tmp_path):
     assert [o["total_s"] for o in printed["options"]] == sorted(o["total_s"] for o in printed["options"])
     table = run(*given, "--budget", 1, "--time", "measured")
     assert table.exit_code == 0, table.output
-    assert "measured on this CPU" in table.stdout.replace("\n", " ")
+    assert "measured on this CPU" in " ".join(table.stdout.split())
     *lines, _, _, _ = table.stdout.splitlines()  # the last ones are to be copied, and do not wrap
     assert max(map(len, lines)) <= 100
 

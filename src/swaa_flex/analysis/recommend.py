@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,6 +53,11 @@ class Option:
     quality: Quality
     cost: Cost
     total_s: float
+
+    @property
+    def label(self) -> str:
+        """The name, and whether it thinks."""
+        return f"{self.name}, thinking" if self.thinks else self.name
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class Recommendation:
         axes = figure.add_subplot()
         axes.axhline(self.budget, color="grey", linewidth=0.8, linestyle="--", label=f"budget {self.budget:g}")
         axes.plot([o.total_s for o in self.front], [o.quality.ratio for o in self.front], color="#2f6db5", linewidth=1)
-        for number, option in enumerate(self.options, 1):
+        for option in self.options:
             colour = "#2f6db5" if option in self.front else "#9aa4ae"
             axes.errorbar(
                 option.total_s,
@@ -119,9 +125,10 @@ class Recommendation:
                 capsize=2,
                 linewidth=0.8,
             )
-            axes.annotate(
-                str(number), (option.total_s, option.quality.ratio), (5, 4), textcoords="offset points", size=8
-            )
+        for seconds, group in itertools.groupby(enumerate(self.options, 1), lambda item: f"{item[1].total_s:.3g}"):
+            numbers, options = zip(*group, strict=True)  # options that take the same time share a label
+            place = float(seconds), max(option.quality.ratio for option in options)
+            axes.annotate(", ".join(map(str, numbers)), place, (5, 4), textcoords="offset points", size=8)
         chosen = self.chosen
         axes.scatter(
             chosen.total_s,
@@ -129,7 +136,7 @@ class Recommendation:
             160,
             facecolor="none",
             edgecolor="#d1495b",
-            label=chosen.name,
+            label=chosen.label,
             zorder=3,
         )
         axes.set_xscale("log")

@@ -84,7 +84,7 @@ def recommend(
 
     [bold]Examples[/]
 
-      swaa-flex recommend --samples 4
+      swaa-flex recommend --windows 512 --tasks niah_single,ppl --samples 4
       swaa-flex recommend Qwen/Qwen3-4B-Instruct-2507 --context 128k --budget 0.95
       swaa-flex recommend MODEL --context 64k --tasks qa:mine.jsonl --length 16k
     """
@@ -147,7 +147,7 @@ def _configs(
     base = recipes.get("balanced")
     near = shrunk(replace(base, sliding_window=windows[0]), context, length)
     layers = model.config.get_text_config().num_hidden_layers
-    layer_sets: dict[str, Any] = {"odd layers": "1::2", "even layers": "0::2", "every fourth layer": "1::4"}
+    layer_sets: dict[str, Any] = {"odd": "1::2", "even": "0::2", "every 4th": "1::4"}
     if near.sliding_window is not None and near.sliding_window + near.sink_tokens < length and layers > 1:
         ids = tokenizer(texts.read(text), verbose=False).input_ids
         if len(ids) >= length:
@@ -197,15 +197,19 @@ def _write(found: Recommendation, out: Path) -> None:
 def _print(found: Recommendation, out: Path) -> None:
     console = Console(highlight=False)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("", "configuration", "quality", "first token s", "ms/token", "total s", "faster", "cache GiB"):
-        table.add_column(column, justify="left" if column == "configuration" else "right")
+    for column in ("", "configuration", "quality", "TTFT s", "ms/token", "total s", "faster", "GiB"):
+        table.add_column(
+            column, justify="left" if column == "configuration" else "right", no_wrap=column != "configuration"
+        )
     slowest = next(o for o in found.options if o.config.sliding_window is None and not o.thinks).total_s
     for number, option in enumerate(found.options, 1):
-        name = option.name + (", thinking" if option.thinks else "")
         chosen, best = option is found.chosen, option in found.front
         table.add_row(
             str(number),
-            Text(f"{name} <-" if chosen else name, style="bold green" if chosen else "bold" if best else ""),
+            Text(
+                f"{option.label} <-" if chosen else option.label,
+                style="bold green" if chosen else "bold" if best else "",
+            ),
             f"{option.quality.ratio:.2f} ({option.quality.low:.2f})",
             f"{option.cost.first_token_s:.3g}",
             f"{option.cost.token_s * 1e3:.3g}",
@@ -214,18 +218,17 @@ def _print(found: Recommendation, out: Path) -> None:
             f"{option.cost.cache_bytes / (1 << 30):.2f}",
         )
     console.print(table)
-    shrunk_note = "" if found.length == found.context else f", windows shorter in proportion to {found.context}"
-    console.print(
-        Text(
-            f"Quality: relative to full attention, at {found.length} tokens{shrunk_note}; in brackets the lower end "
-            f"of the 95 % interval. Time: for {found.context} tokens, {found.timed}. Bold: none is faster and better.",
-            style="dim",
-        )
+    shorter = "" if found.length == found.context else f", windows shorter in proportion to {found.context}"
+    notes = (
+        f"Quality: relative to full attention, at {found.length} tokens{shorter}; in brackets the lower end of the "
+        f"95 % interval. TTFT: time to the first token, of {found.context} tokens, {found.timed}. GiB: of the cache. "
+        "Bold: none is faster and better."
     )
+    console.print(Text(notes, style="dim"))
     kept = f"keeps {found.chosen.quality.ratio:.0%} of the quality"
     if found.chosen.quality.low < found.budget and found.chosen.config.sliding_window is not None:
         kept += f", but chance alone could make {found.chosen.quality.low:.0%} look like that: more --samples tell"
-    console.print(Text(f"\n{found.chosen.name}: {kept}.", style="bold"), soft_wrap=True)
+    console.print(Text(f"\n{found.chosen.label}: {kept}.", style="bold"), soft_wrap=True)
     console.print(
         Text(f'from_pretrained(..., attn_implementation="swaa_flex", swaa=json.load(open("{out / "swaa.json"}")))'),
         soft_wrap=True,
