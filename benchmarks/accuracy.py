@@ -1,10 +1,10 @@
 """What each strategy keeps of a real model without training: the strategies one by one, and together.
 
-    python benchmarks/accuracy.py [--quick] [--out docs/benchmarks]
+    python benchmarks/accuracy.py [--quick] [--out docs/benchmarks] [--samples FOLDER]
 
 SmolLM2-135M-Instruct finds needles and reads text, under full attention and in every configuration of the method; the
 configurations are those of `recovery.py`. Samples, judges and intervals are those of `swaa-flex eval`. The window of a
-recipe is W, of `quality` 2 W; its sinks become 16.
+recipe is W, of `quality` 2 W; its sinks become 16. With a folder for the samples, an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,10 @@ class Config:
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     tasks: tuple[str, ...] = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "ppl")
     samples: int = 200  # of each task and length
-    batch_size: int = 40
+    batch_size: int = 64
     seed: int = 0
     compared: tuple[str, ...] = recovery.NAMES
-    processes: int = 5  # of each device
+    processes: int = 6  # of each device
 
 
 QUICK = Config((64,), (384,), ("niah_single", "ppl"), 4, 4, 0, ("naive", "balanced"), 1)
@@ -61,7 +62,9 @@ class Result:
 
 
 def main() -> None:
-    given = runner.arguments(__doc__).parse_args()
+    parser = runner.arguments(__doc__)
+    parser.add_argument("--samples", help="folder that keeps what was answered")
+    given = parser.parse_args()
     config = QUICK if given.quick else Config()
     swaa = {name: c.to_dict() for name, c in configurations(config).items()}
     report = runner.Report(f"accuracy_{runner.device()}", config, line, given.out, {"configurations": swaa})
@@ -72,7 +75,7 @@ def main() -> None:
         numbers.put(number)
     begun = time.perf_counter()
     with (
-        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() if given.samples is None else nullcontext(given.samples) as folder,
         ProcessPoolExecutor(config.processes * devices, spawn, start, (numbers, devices)) as pool,
     ):
         # Each process leaves its samples in the folder; with all of them there, the last call only reads.

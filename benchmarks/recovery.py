@@ -74,7 +74,7 @@ class Config:
     compared: tuple[str, ...] = NAMES
     tuned: tuple[tuple[str, str], ...] = TUNED
     tokens_at_once: int = 100_000
-    processes: int = 8
+    processes: int = 12
 
     @property
     def beyond(self) -> int:

@@ -33,6 +33,7 @@ from rich.table import Table
 import swaa_flex
 
 GIB = 1 << 30
+PLACES = ("--out", "--samples")  # arguments
 
 
 class Job(Protocol):
@@ -219,12 +220,12 @@ class Report:
 
 
 def _arguments() -> Iterator[str]:
-    """The command line without the place of the output, which says nothing of the measurement."""
+    """The command line without the places of files, which say nothing of the measurement."""
     arguments = iter(sys.argv[1:])
     for argument in arguments:
-        if argument == "--out":
+        if argument in PLACES:
             next(arguments)
-        elif not argument.startswith("--out="):
+        elif argument.partition("=")[0] not in PLACES:
             yield argument
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from strategies import BATCH, compositions
 
 import swaa_flex
-from swaa_flex import BackendUnavailableError, ConfigError, MaskError, attention, chunked, kernels, plan
+from swaa_flex import BackendUnavailableError, ConfigError, MaskError, attention, backends, chunked, kernels, plan
 from swaa_flex.masks import (
     causal,
     documents,
@@ -157,6 +157,24 @@ def test_full_causal_rows_by_pytorchs_own_kernels(q_len):
     )
 
 
+def test_kernels_are_for_one_batch_where_they_decode_and_for_all_where_not(monkeypatch):
+    kinds = []
+
+    def not_compiled(kind):
+        kinds.append(kind)
+        return lambda query, *rest: (query, None)
+
+    monkeypatch.setattr(kernels, "_compiled", not_compiled)
+    monkeypatch.setattr(backends, "why_not", lambda *args, **kwargs: "")
+    for q_len, different in ((1, 3), (40, 1)):  # inductor's decode kernel refuses a batch that is symbolic
+        kinds.clear()
+        for batch in (2, 3, 5):
+            query, key, value = torch.randn(batch, 4, q_len, 16), *torch.randn(2, batch, 2, 300, 16).unbind(0)
+            ready = plan(MASKS["window and sinks"], q_len, 300, batch=batch, q_offset=300 - q_len, backend="triton")
+            attention(query, key, value, ready)
+        assert len(set(kinds)) == different
+
+
 @pytest.mark.parametrize("q_offset", [0, 17, 299])
 def test_a_query_that_continues_a_cache(q_offset):
     query, key, value = tensors(q_len=1)
@@ -240,8 +258,6 @@ def test_what_cannot_run_is_refused_by_name(call, error, message):
 
 
 def test_head_dim_and_package_are_named_by_the_gpu_backends(monkeypatch):
-    from swaa_flex import backends
-
     cuda = torch.device("cuda")
     assert "head_dim=8: it takes at least 16" in backends.why_not("triton", cuda, head_dim=8)
     assert "float64" in backends.why_not("triton", cuda, dtype=torch.float64)

@@ -391,6 +391,13 @@ def test_wilson(right, samples, low, high):
     assert statistics.wilson(right, samples) == pytest.approx((low, high), abs=6e-5)
 
 
+def test_the_interval_of_a_share_holds_it_in_spite_of_rounding():
+    for samples in range(1, 60):
+        for right in (0, samples):
+            low, high = statistics.wilson(right, samples)
+            assert low <= right / samples <= high
+
+
 @pytest.mark.parametrize(
     ("gained", "lost", "p"), [(1, 8, 0.0391), (8, 1, 0.0391), (0, 0, 1), (5, 5, 1), (0, 6, 0.03125)]
 )

@@ -72,9 +72,9 @@ NAMES = [
 ]
 
 
-def tensors(q_len=LENGTH, kv_len=LENGTH, dtype=torch.float32, heads=4, kv_heads=2, head_dim=64):
-    shape = (2, heads, q_len, head_dim), (2, kv_heads, kv_len, head_dim), (2, kv_heads, kv_len, head_dim)
-    return [torch.randn(s, device="cuda", dtype=dtype) for s in shape]
+def tensors(q_len=LENGTH, kv_len=LENGTH, dtype=torch.float32, heads=4, kv_heads=2, head_dim=64, batch=2):
+    shapes = (heads, q_len, head_dim), (kv_heads, kv_len, head_dim), (kv_heads, kv_len, head_dim)
+    return [torch.randn(batch, *s, device="cuda", dtype=dtype) for s in shapes]
 
 
 def oracle(query, key, value, mask, q_offset=0, **kwargs):
@@ -216,6 +216,22 @@ def test_decoding_over_a_long_cache(kv_heads, q_len, dtype):
             assert plan.backend == "triton"
             with torch.no_grad():
                 close(attention(*inputs, plan), oracle(*inputs, mask, int(q_offset))[0], dtype)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_decoding_batches_of_changing_sizes(in_graph):
+    mask = causal() & (window(500) | sinks(5))
+
+    def run(query, key, value):
+        plan = swaa_flex.plan(mask, 1, 3000, batch=query.shape[0], device="cuda", q_offset=2999)
+        return attention(query, key, value, plan)
+
+    call = torch.compile(run, fullgraph=True) if in_graph else run
+    for heads, kv_heads in ((8, 2), (9, 3)):
+        for size in (2, 5, 3, 1):
+            inputs = tensors(1, 3000, torch.bfloat16, heads, kv_heads, batch=size)
+            with torch.no_grad():
+                close(call(*inputs), oracle(*inputs, mask, 2999)[0], torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -205,7 +205,8 @@ def _call(
         backend,
         query.device,
         query.dtype,
-        (query.shape[0] == 1, query.shape[2] == 1),
+        # The decode kernel wants a batch that does not vary: each size is compiled on its own.
+        (query.shape[0] if _decodes(options) else query.shape[0] == 1, query.shape[2] == 1),
         (query.shape[1], query.shape[3], key.shape[1], value.shape[3]),
         (scale, softcap, needs_lse, tuple((options or {}).items())),
         torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
@@ -291,12 +292,17 @@ def _kernel_options(query: Tensor, key: Tensor, segment: Segment, is_slice: bool
         return {"BACKEND": "FLASH"}
     if not _can_decode(query, key, segment, is_slice):
         return _prefill_options(query, key)
-    options: dict[str, Any] = {"BACKEND": "TRITON_DECODE"}
+    # In a compiled graph the batch may vary; FlexAttention then takes its other kernel, or refuses if told not to.
+    options: dict[str, Any] = {"BACKEND": "AUTO" if torch.compiler.is_compiling() else "TRITON_DECODE"}
     if query.dtype.itemsize == 2 and query.shape[-1] <= 128:
         # The defaults of torch 2.11 to 2.13 keep one tile in flight, which leaves a third of the bandwidth unused
         # (benchmarks/decode_kernel.py).
         options |= {"BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
     return options
+
+
+def _decodes(options: dict[str, Any] | None) -> bool:
+    return options is not None and options["BACKEND"] == "TRITON_DECODE"
 
 
 def _prefill_options(query: Tensor, key: Tensor) -> dict[str, Any]:

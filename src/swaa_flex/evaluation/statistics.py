@@ -39,7 +39,8 @@ def wilson(right: int, samples: int) -> Interval:
     share = right / samples
     centre = share + Z**2 / (2 * samples)
     half = Z * math.sqrt(share * (1 - share) / samples + Z**2 / (4 * samples**2))
-    return Interval(*(min(1.0, max(0.0, (centre + side * half) / (1 + Z**2 / samples))) for side in (-1, 1)))
+    low, high = ((centre + side * half) / (1 + Z**2 / samples) for side in (-1, 1))
+    return Interval(max(0.0, min(low, share)), min(1.0, max(high, share)))  # rounding must not leave out the share
 
 
 def bootstrap(values: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0) -> Interval:
