@@ -37,10 +37,10 @@ class Config:
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     tasks: tuple[str, ...] = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "ppl")
     samples: int = 200  # of each task and length
-    batch_size: int = 64
+    batch_size: int = 100
     seed: int = 0
     compared: tuple[str, ...] = recovery.NAMES
-    processes: int = 6  # of each device
+    processes: int = 5  # of each device
 
 
 QUICK = Config((64,), (384,), ("niah_single", "ppl"), 4, 4, 0, ("naive", "balanced"), 1)

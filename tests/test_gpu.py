@@ -227,9 +227,9 @@ def test_decoding_batches_of_changing_sizes(in_graph):
         return attention(query, key, value, plan)
 
     call = torch.compile(run, fullgraph=True) if in_graph else run
-    for heads, kv_heads in ((8, 2), (9, 3)):
+    for query_heads, kv_heads in ((8, 2), (9, 3)):
         for size in (2, 5, 3, 1):
-            inputs = tensors(1, 3000, torch.bfloat16, heads, kv_heads, batch=size)
+            inputs = tensors(1, 3000, torch.bfloat16, query_heads, kv_heads, batch=size)
             with torch.no_grad():
                 close(call(*inputs), oracle(*inputs, mask, 2999)[0], torch.bfloat16)
 
