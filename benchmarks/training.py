@@ -201,7 +201,9 @@ def plot(data: dict[str, Any], path: Path) -> None:
 
     results = [Result(**r) for r in data["results"]]
     lengths, methods = sorted({r.tokens for r in results}), list(dict.fromkeys(r.method for r in results))
-    figure, axes = plt.subplots(1, len(lengths), figsize=(5 * len(lengths) + 2, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(lengths), figsize=(5.5 * len(lengths) + 2, 4.3), sharey=True, layout="constrained"
+    )
     for axis, tokens in zip(axes, lengths, strict=True):
         for checkpointing in (False, True):
             found = {r.method: r for r in results if (r.tokens, r.checkpointing) == (tokens, checkpointing)}
@@ -212,7 +214,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3, axis="x")
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower center")
     layers = data["config"]["shape"]["num_hidden_layers"]
     figure.suptitle(f"{data['machine']}: Qwen3-4B shape with {layers} layers, batch 1", fontsize=10)
     figure.savefig(path, dpi=110)
