@@ -10,11 +10,10 @@ recipe is W, of `quality` 2 W; its sinks become 16. With a folder for the sample
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 
 import recovery
 import runner
-import torch
 from rich.table import Table
 
 from swaa_flex import SWAAConfig
@@ -68,15 +66,10 @@ def main() -> None:
     config = QUICK if given.quick else Config()
     swaa = {name: c.to_dict() for name, c in configurations(config).items()}
     report = runner.Report(f"accuracy_{runner.device()}", config, line, given.out, {"configurations": swaa})
-    devices = max(1, torch.cuda.device_count())
-    spawn = multiprocessing.get_context("spawn")
-    numbers = spawn.SimpleQueue()
-    for number in range(config.processes * devices):
-        numbers.put(number)
     begun = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() if given.samples is None else nullcontext(given.samples) as folder,
-        ProcessPoolExecutor(config.processes * devices, spawn, start, (numbers, devices)) as pool,
+        runner.Pool(config.processes) as pool,
     ):
         # Each process leaves its samples in the folder; with all of them there, the last call only reads.
         jobs = [pool.submit(measured, config, [name], folder) for name in configurations(config)]
@@ -95,14 +88,6 @@ def configurations(config: Config) -> dict[str, SWAAConfig]:
     for window in config.windows:
         found |= {f"{name}, W {window}": recovery.configuration(name, window) for name in config.compared}
     return found
-
-
-def start(numbers: Any, devices: int) -> None:
-    """Gives each process one of the devices, and its share of the threads."""
-    number = numbers.get()
-    if runner.device() == "cuda":
-        torch.cuda.set_device(number % devices)
-        torch.set_num_threads(1)
 
 
 def measured(config: Config, names: Sequence[str], folder: str) -> Summary:

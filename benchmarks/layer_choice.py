@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import functools
 import math
-import multiprocessing
-import os
 import tempfile
 import time
 import traceback
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from typing import Any
 import recovery
 import retrieval
 import runner
-import torch
 from rich.table import Table
 
 import swaa_flex
@@ -54,7 +51,7 @@ class Config:
     texts: int = 24  # of each prefix and kind
     seed: int = 0
     tokens_at_once: int = 100_000
-    processes: int = 8
+    processes: int = 7  # of each device
 
     @property
     def beyond(self) -> int:
@@ -102,11 +99,7 @@ def main() -> None:
     given = runner.arguments(__doc__).parse_args()
     config = QUICK if given.quick else Config()
     report = runner.Report(f"layer_choice_{runner.device()}", config, line, given.out)
-    threads = max(1, torch.get_num_threads() // config.processes)
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
-    # Speed does not matter here, so processes share the device; each keeps its model and kernels.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.processes, spawn, torch.set_num_threads, (threads,)) as pool:
+    with runner.Pool(config.processes) as pool:
         # What takes longest first; what is chosen is scored at once, so that results come early.
         running: set[Future[Any]] = {pool.submit(chosen, config, *by) for by in reversed(config.chosen_by)}
         running |= {pool.submit(scored, config, result) for result in given_layers(config)}

@@ -65,14 +65,14 @@ class Result:
 
 
 def main() -> None:
-    parser = runner.arguments(__doc__)
+    parser = runner.arguments(__doc__, resumes=True)
     parser.add_argument("--long", action="store_true", help="half a million tokens and a million too")
     given = parser.parse_args()
     if given.quick:
         config = Config((512, 2048), decode.TINY, 512, 3)
     else:
         config = Config((32768, 131072), decode.QWEN3_4B, 8192)
-    report = runner.Report(f"model_{runner.device()}", config, line, given.out)
+    report = runner.Report(f"model_{runner.device()}", config, line, given.out, resume=given.resume)
     jobs: list[Job] = [Job(config, method, "full") for method in ("sdpa eager", "flex eager")]
     for context in config.contexts:  # compiled for one length of prompt and cache
         jobs.append(Job(dataclasses.replace(config, contexts=(context,)), "sdpa compiled", "full"))

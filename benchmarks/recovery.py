@@ -16,14 +16,12 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import multiprocessing
-import os
 import random
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +72,7 @@ class Config:
     compared: tuple[str, ...] = NAMES
     tuned: tuple[tuple[str, str], ...] = TUNED
     tokens_at_once: int = 100_000
-    processes: int = 12
+    processes: int = 7  # of each device
 
     @property
     def beyond(self) -> int:
@@ -136,19 +134,18 @@ class Result:
 
 
 def main() -> None:
-    given = runner.arguments(__doc__).parse_args()
+    given = runner.arguments(__doc__, resumes=True).parse_args()
     config = QUICK if given.quick else Config()
     swaa = {f"{n}, W {w}": configuration(n, w).to_dict() for w in config.windows for n in config.compared}
-    report = runner.Report(f"recovery_{runner.device()}", config, line, given.out, {"configurations": swaa})
-    threads = max(1, torch.get_num_threads() // config.processes)
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
-    # Speed does not matter here, so processes share the device; each keeps its model and kernels.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.processes, spawn, torch.set_num_threads, (threads,)) as pool:
+    report = runner.Report(
+        f"recovery_{runner.device()}", config, line, given.out, {"configurations": swaa}, resume=given.resume
+    )
+    with runner.Pool(config.processes) as pool:
         examples, facts = pool.submit(training_examples, config).result()
         report.facts["examples"] = facts
         report.console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
-        for done in as_completed([pool.submit(work, job) for job in jobs(config, examples)]):
+        left = [job for job in jobs(config, examples) if not report.has([job.named])]
+        for done in as_completed([pool.submit(work, job) for job in left]):
             report.add(done.result())
     report.results[:] = ranked(relative(report.results), config)
     report.close(table(report.results), plot)
@@ -177,9 +174,12 @@ class Job:
     tuned: str = ""
     examples: Sequence[Example] = ()
 
+    @property
+    def named(self) -> Result:
+        return Result(self.configuration, self.window, self.tuned)
+
 
 def work(job: Job) -> Result:
-    named = Result(job.configuration, job.window, job.tuned)
     try:
         config, start = job.config, time.perf_counter()
         base, tokenizer = pretrained()
@@ -200,7 +200,7 @@ def work(job: Job) -> Result:
         }
         scoring = time.perf_counter() - start - elapsed
         return replace(
-            named,
+            job.named,
             scores=scores,
             perplexities=perplexities,
             tuning_s=elapsed if job.tuned else None,
@@ -208,7 +208,7 @@ def work(job: Job) -> Result:
         )
     except Exception as error:  # what cannot run is a result
         traceback.print_exc()
-        return replace(named, note=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160])
+        return replace(job.named, note=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160])
 
 
 @functools.cache

@@ -20,6 +20,8 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -53,10 +55,13 @@ class Job(Protocol):
 def run(jobs: Sequence[Job], report: Report, *, processes: int = 12, headroom_gib: float = 0) -> None:
     """Runs jobs in waves of what fits into the memory of a device, less what a job takes only while it measures.
 
-    Each GPU takes the next wave when it has done one; jobs on one GPU measure in turn.
+    Each GPU takes the next wave when it has done one; jobs on one GPU measure in turn. What an interrupted run has
+    measured is not measured again, if the report is to go on with it.
     """
     gib = capacity_gib() - headroom_gib
-    waiting, waves = list(jobs), []
+    waiting, waves = [job for job in jobs if not report.has(job.failed(""))], []
+    if not waiting:
+        return
     while waiting:
         wave: list[Job] = []
         for job in list(waiting):
@@ -64,9 +69,7 @@ def run(jobs: Sequence[Job], report: Report, *, processes: int = 12, headroom_gi
                 wave.append(job)
                 waiting.remove(job)
         waves.append(wave)
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if gpus == [""]:
-        gpus = [str(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+    gpus = _gpus()
     largest = max(len(wave) for wave in waves)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // len(gpus) // largest)))
     left = iter(waves)
@@ -85,6 +88,31 @@ def run(jobs: Sequence[Job], report: Report, *, processes: int = 12, headroom_gi
         thread.start()
     for thread in threads:
         thread.join()
+
+
+class Pool:
+    """So many processes for each device, where speed does not matter: they share it, and what they compile."""
+
+    def __init__(self, processes: int) -> None:
+        gpus = _gpus()
+        threads = max(1, (os.cpu_count() or 1) // (processes * len(gpus)))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        spawn = multiprocessing.get_context("spawn")
+        self.pools = {gpu: ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (threads,)) for gpu in gpus}
+        self._turns = itertools.cycle(gpus)
+
+    def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
+        gpu = next(self._turns)
+        with _only(gpu):  # this starts a process, if none waits
+            return self.pools[gpu].submit(call, *args)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pool in self.pools.values():
+            pool.shutdown(cancel_futures=True)
 
 
 def _run_wave(wave: list[Job], report: Report, gpu: str) -> None:
@@ -110,16 +138,30 @@ def _started(job: Job, gpu: str) -> tuple[BaseProcess, Connection]:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_work, args=(job, theirs))
-    with _starting:  # CUDA reads the variable when it starts, which importing transformers makes it do
+    with _only(gpu):
+        process.start()
+    theirs.close()
+    return process, ours
+
+
+def _gpus() -> list[str]:
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return gpus if gpus != [""] else [str(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+@contextmanager
+def _only(gpu: str) -> Iterator[None]:
+    """Processes that are started inside see one GPU: CUDA reads the variable when transformers is imported."""
+    with _starting:
         visible = os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         if gpu != "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-        process.start()
-        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-        if visible is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    theirs.close()
-    return process, ours
+        try:
+            yield
+        finally:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            if visible is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 _starting = threading.Lock()
@@ -169,10 +211,16 @@ class Report:
     out: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # of the machine, or of this run
     results: list[Any] = field(default_factory=list)
+    resume: bool = False  # go on with the file of an interrupted run on this machine
 
     def __post_init__(self) -> None:
         self.console = Console(width=140)
         self._lock = threading.Lock()
+        self._measured: list[dict[str, Any]] = []
+        if self.resume and self.path and self.path.exists():
+            found, own = json.loads(self.path.read_text()), json.loads(json.dumps(self.data()))
+            if all(found[name] == own[name] for name in ("machine", "versions", "config")):
+                self._measured = [result for result in found["results"] if not result.get("note")]
         facts = ", ".join(f"{name} {value}" for name, value in self.facts.items() if not isinstance(value, dict))
         self.console.print(f"{describe()}; {facts}" if facts else describe())
 
@@ -181,6 +229,19 @@ class Report:
             self.results.append(result)
             self.console.print(self.line(result), highlight=False)
             self.save()
+
+    def has(self, results: Iterable[Any]) -> bool:
+        """Whether an interrupted run has measured what these name, by the fields that are set; then it is added."""
+        found = []
+        for result in results:
+            named = {n: v for n, v in asdict(result).items() if n != "note" and v not in (None, {}, ())}
+            same = [type(result)(**m) for m in self._measured if named.items() <= m.items()]
+            if not same:
+                return False
+            found += same[:1]
+        for result in found:
+            self.add(result)
+        return bool(found)
 
     def save(self) -> None:
         if self.path:
@@ -229,10 +290,12 @@ def _arguments() -> Iterator[str]:
             yield argument
 
 
-def arguments(text: str | None) -> argparse.ArgumentParser:
+def arguments(text: str | None, *, resumes: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, on any machine")
     parser.add_argument("--out", type=Path, help="folder for JSON and plot")
+    if resumes:
+        parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has left in --out")
     return parser
 
 

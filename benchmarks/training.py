@@ -54,13 +54,15 @@ class Result:
 
 
 def main() -> None:
-    given = runner.arguments(__doc__).parse_args()
+    given = runner.arguments(__doc__, resumes=True).parse_args()
     if given.quick:
         config = Config((256, 512), 32, 64, decode.TINY)
     else:
         config = Config((8192, 32768), 512, 2048, decode.QWEN3_4B | {"num_hidden_layers": 4})
     swaa = {method: c.to_dict() for method in METHODS if (c := swaa_of(config, method))}
-    report = runner.Report(f"training_{runner.device()}", config, line, given.out, {"configurations": swaa})
+    report = runner.Report(
+        f"training_{runner.device()}", config, line, given.out, {"configurations": swaa}, resume=given.resume
+    )
     methods = [m for m in METHODS if runner.device() == "cuda" or "flex" not in STOCK.get(m, "")]  # no backward on CPU
     runner.run([Job(config, m) for m in methods], report, processes=5, headroom_gib=0 if given.quick else 60)
     report.results.sort(key=lambda r: (r.tokens, r.checkpointing, METHODS.index(r.method)))

@@ -8,6 +8,7 @@ from conftest import dense_attention, visible_pairs
 from test_hf import CONFIG
 from test_models import batch, tiny
 from test_training import ARRANGED, gradients, loss_of, sample
+from test_tuning import check_two_processes
 from torch.nn.attention.flex_attention import create_block_mask
 
 import swaa_flex
@@ -524,3 +525,9 @@ def test_training_on_the_gpu_has_the_losses_and_gradients_of_the_cpu(backend, dt
     for name, gradient in gradients(model, ours).items():
         difference = (gradient.float().cpu() - expected[name]).norm() / expected[name].norm()
         assert difference < 3 * tolerance, (name, float(difference))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_training_on_two_gpus_has_the_losses_of_one(tmp_path, how):
+    check_two_processes(tmp_path, how, CUDA_VISIBLE_DEVICES="0,1")

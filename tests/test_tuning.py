@@ -279,8 +279,11 @@ def history(folder):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_two_processes_have_the_losses_of_one(tmp_path, how):
+    check_two_processes(tmp_path, how, ACCELERATE_USE_CPU="true")
+
+
+def check_two_processes(tmp_path, how, **environment):
     launch = yaml.safe_load((LAUNCH / f"{how}.yaml").read_text())
-    environment = {"ACCELERATE_USE_CPU": "true"}
     if how == "fsdp":  # as `accelerate launch` hands it on, which itself starts one process only without a GPU
         environment |= {"ACCELERATE_USE_FSDP": "true"}
         environment |= {name.upper(): str(value) for name, value in launch["fsdp_config"].items()}
