@@ -1,0 +1,56 @@
+"""Where the prompts of a batch end: vLLM tells it to logits processors, and not to attention backends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class PromptLengths(LogitsProcessor):
+    """Changes no logits. It follows which request is in which row of the batch, before each step.
+
+    One per process; the entry point in `vllm.logits_processors` makes vLLM load it. With speculative decoding vLLM
+    loads none, and `of_batch` returns None.
+    """
+
+    _current: PromptLengths | None = None
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        self.lengths = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32)
+        PromptLengths._current = self
+
+    @classmethod
+    def of_batch(cls, requests: int) -> Tensor | None:
+        """Tokens of each prompt, int32 `[requests]` on the CPU, or None where vLLM does not tell."""
+        if cls._current is None:
+            return None
+        known = cls._current.lengths[:requests]
+        return F.pad(known, (0, requests - len(known)))  # rows that only pad the batch
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Requests came, went or moved."""
+        if batch_update is None:
+            return
+        lengths = self.lengths
+        for row, _, prompt, _ in batch_update.added:
+            lengths[row] = 0 if prompt is None else len(prompt)
+        for source, target, direction in batch_update.moved:
+            if direction == MoveDirectionality.SWAP:
+                lengths[[source, target]] = lengths[[target, source]]
+            else:
+                lengths[target] = lengths[source]
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The same logits."""
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        """Yes."""
+        return True

@@ -1,0 +1,90 @@
+"""Which recipe a server runs, and what it cannot run with."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from .. import recipes
+from ..config import SWAAConfig
+from ..errors import ConfigError, UnsupportedModelError
+from .rows import Rule
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+VARIABLE = "SWAA_FLEX_RECIPE"
+WAYS = (
+    """--additional-config '{"swaa": "balanced"}', """
+    f'the variable {VARIABLE}=balanced, or "swaa" in the config.json of the checkpoint'
+)
+
+
+def recipe_of(vllm_config: VllmConfig) -> SWAAConfig:
+    """The recipe: what the user says, else what is saved with the model.
+
+    Raises:
+        ConfigError: if there is none, or a field of it is invalid.
+    """
+    text = vllm_config.model_config.hf_text_config
+    given: Any = None
+    if isinstance(vllm_config.additional_config, dict):
+        given = vllm_config.additional_config.get("swaa")
+    if given is None:
+        given = os.environ.get(VARIABLE) or None
+    if given is None:
+        given = getattr(vllm_config.model_config.hf_config, "swaa", None) or getattr(text, "swaa", None)
+    if given is None:
+        raise ConfigError(f"the attention backend of swaa_flex has no recipe; give one by {WAYS}")
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        given = json.loads(given)
+    return recipes.coerce(given, text.model_type)
+
+
+def rules_of(vllm_config: VllmConfig) -> tuple[Rule | None, ...]:
+    """How the rows of each layer see; None for a layer that stays full.
+
+    Raises:
+        ConfigError: if the recipe does not fit the model, or how vLLM was asked to run.
+    """
+    config = recipe_of(vllm_config)
+    kinds = config.resolve(vllm_config.model_config.hf_text_config.num_hidden_layers)
+    if config.sliding_window is None or all(kind.full for kind in kinds):
+        return tuple(None for _ in kinds)
+    window, sinks, tail = config.sliding_window, config.sink_tokens, config.dense_tail
+    rules = tuple(None if k.full else Rule(window, sinks, tail, k.full_attention_decode) for k in kinds)
+    _check(vllm_config, [rule for rule in rules if rule is not None])
+    return rules
+
+
+def _check(vllm_config: VllmConfig, rules: list[Rule]) -> None:
+    has_tail = any(rule.dense_tail for rule in rules)
+    if vllm_config.cache_config.enable_prefix_caching and (has_tail or any(rule.dense_decode for rule in rules)):
+        raise ConfigError(
+            "prefix caching: pages of another request hold rows that were dense there, in its tail or answer, and are "
+            "not in yours; start vLLM with --no-enable-prefix-caching, or take a recipe without them"
+        )
+    if vllm_config.speculative_config is not None and has_tail:
+        raise ConfigError(
+            "speculative decoding with dense_tail: vLLM does not tell where prompts end then; take dense_tail=0"
+        )
+    if vllm_config.model_config.enable_prompt_embeds:
+        raise ConfigError("enable_prompt_embeds: vLLM does not tell how long such prompts are; give token ids")
+    if vllm_config.parallel_config.decode_context_parallel_size > 1:
+        raise ConfigError("decode_context_parallel_size: expected 1, swaa_flex keeps the keys of a sequence together")
+
+
+def check_layer(rule: Rule, sliding_window: int | None, alibi_slopes: list[float] | None) -> None:
+    """Refuses what a layer has of its own and a rule cannot be combined with.
+
+    Raises:
+        UnsupportedModelError: naming it.
+    """
+    if alibi_slopes is not None:
+        raise UnsupportedModelError("ALiBi: swaa_flex has no position biases; use --attention-backend FLASH_ATTN")
+    if sliding_window is not None and sliding_window > rule.window:
+        raise UnsupportedModelError(
+            f"the model's own sliding window is {sliding_window} and that of the recipe {rule.window}; take a recipe "
+            f"with sliding_window={sliding_window} or more, or make these layers full_attention_layers"
+        )

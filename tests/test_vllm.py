@@ -1,0 +1,207 @@
+"""The serving plugin without vLLM's kernels: a kernel of a few lines stands in for them."""
+
+import dataclasses
+import json
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from swaa_flex import ConfigError, SWAAConfig, UnsupportedModelError
+from swaa_flex.vllm.recipe import VARIABLE, check_layer, recipe_of, rules_of
+from swaa_flex.vllm.rows import Rule, attend, cut, cut_decode, have_sliding
+
+HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 8, 16
+WINDOW, SINKS = 24, 5
+RULES = [Rule(WINDOW, SINKS, tail, dense) for tail in (0, 7) for dense in (False, True)]
+RULES += [Rule(WINDOW, 0, 0, False), Rule(1, 3, 2, True)]
+
+
+class Server:
+    """Requests whose keys and values lie in pages, in an order of their own."""
+
+    def __init__(self, prompts, total, seed=0):
+        torch.manual_seed(seed)
+        self.prompts = torch.tensor(prompts)
+        self.query = [torch.randn(total, HEADS, HEAD_DIM) for _ in prompts]
+        pages = -(-total // PAGE)
+        order = torch.randperm(pages * len(prompts) + 1)[1:].view(len(prompts), pages)
+        self.block_table = order.int()
+        self.cache = torch.randn(2, pages * len(prompts) + 1, PAGE, KV_HEADS, HEAD_DIM)
+        slots = order[:, :, None] * PAGE + torch.arange(PAGE)
+        flat = self.cache.view(2, -1, KV_HEADS, HEAD_DIM)
+        self.keys, self.values = (flat[i][slots.flatten(1)][:, :total] for i in (0, 1))
+
+    def kernel(self, query):
+        """Attention aligned at the last row and the last key, as FlashAttention defines it for pages."""
+
+        def run(keys, stretches, max_keys, *, causal, window):
+            out = torch.full_like(query, torch.nan)
+            lse = torch.full((HEADS, len(query)), torch.nan)
+            for number, (begin, end) in enumerate(zip(stretches.start[:-1], stretches.start[1:], strict=True)):
+                rows, count = int(end - begin), int(keys[number])
+                assert rows <= stretches.max_rows and count <= max_keys
+                table = stretches.block_table[number]
+                key, value = (part[table].flatten(0, 1)[:count].repeat_interleave(2, 1) for part in self.cache)
+                scores = torch.einsum("qhd,khd->hqk", query[begin:end], key)
+                ahead = torch.arange(count) - (torch.arange(rows)[:, None] + count - rows)
+                if causal:
+                    scores = scores.masked_fill(ahead > 0, -torch.inf)
+                if window is not None:
+                    scores = scores.masked_fill(ahead <= -window, -torch.inf)
+                lse[:, begin:end] = scores.logsumexp(-1)
+                out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1).nan_to_num(), value)
+            return out, lse
+
+        return run
+
+    def expected(self, rule, request, computed, length):
+        """Dense attention of rows under the mask of the recipe."""
+        config = SWAAConfig(rule.window, rule.sinks, (), rule.dense_decode, rule.dense_tail)
+        mask = config.mask_for(0, 1, prompt_length=int(self.prompts[request]))
+        rows, keys = torch.arange(computed, length)[:, None], torch.arange(length)
+        visible = mask(torch.tensor(0), torch.tensor(0), rows, keys)
+        key, value = (x[request, :length].repeat_interleave(2, 1) for x in (self.keys, self.values))
+        scores = torch.einsum("qhd,khd->hqk", self.query[request][computed:length], key)
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), value)
+
+
+def merge(out, first, first_lse, second, second_lse):
+    weights = torch.stack([first_lse, second_lse]).softmax(0).mT[..., None]
+    out.copy_(first * weights[0] + second * weights[1])
+
+
+def step(server, rule, computed, lengths, pads=0):
+    """The rows of one step as the backend computes them, `[rows, heads, head_dim]`."""
+    computed, lengths = torch.tensor(computed), torch.tensor(lengths)
+    start = torch.cat([torch.zeros(1, dtype=torch.long), (lengths - computed).cumsum(0)]).int()
+    query = torch.cat([q[c:n] for q, c, n in zip(server.query, computed, lengths, strict=True)])
+    query = torch.cat([query, torch.randn(pads, HEADS, HEAD_DIM)])
+    sizes = {"rows": len(query), "max_rows": int((lengths - computed).max()), "max_keys": int(lengths.max())}
+    stretches = cut(rule, start, lengths, server.prompts, server.block_table, **sizes)
+    out = torch.empty_like(query)
+    attend(rule, stretches, server.kernel(query), merge, out)
+    return out
+
+
+def check(server, rule, out, computed, lengths):
+    expected = [server.expected(rule, i, c, n) for i, (c, n) in enumerate(zip(computed, lengths, strict=True))]
+    torch.testing.assert_close(out[: sum(map(len, expected))], torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_any_step_of_a_continuous_batch_equals_the_masks(rule):
+    draw = random.Random(repr(rule))
+    for seed in range(8):
+        prompts = [draw.randrange(1, 90) for _ in range(4)]
+        server = Server(prompts, 110, seed)
+        computed = [draw.choice((0, draw.randrange(100), prompt - 1, prompt)) for prompt in prompts]
+        lengths = [c + draw.choice((1, 1, draw.randrange(1, 110 - c + 1))) for c in computed]
+        check(server, rule, step(server, rule, computed, lengths, pads=3), computed, lengths)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_chunks_of_any_size_give_the_same_rows(rule):
+    server = Server([83, 60], 90)
+    for chunk in (7, 41, 90):
+        for begin in range(0, 90, chunk):
+            computed, lengths = [begin] * 2, [min(90, begin + chunk)] * 2
+            check(server, rule, step(server, rule, computed, lengths), computed, lengths)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.dense_decode], ids=repr)
+def test_steps_of_single_tokens_that_slide(rule):
+    server, sinks = Server([1, 20, 40, 80], 110), torch.zeros(4, dtype=torch.int32)
+    for lengths in ([3, 22, 41, 110], [WINDOW, WINDOW + 1, WINDOW + SINKS, WINDOW + SINKS + 1], [5, 60, 90, 0]):
+        lengths_ = torch.tensor(lengths)
+        computed = (lengths_ - 1).clamp(min=0).tolist()
+        server.prompts = torch.tensor(computed)
+        start = torch.arange(5).int()  # the last request of the third step only pads the batch
+        stretches = cut_decode(rule, start, lengths_, server.block_table, sinks, max_keys=110)
+        query = torch.stack([q[c] for q, c in zip(server.query, computed, strict=True)])
+        out = torch.empty_like(query)
+        attend(rule, stretches, server.kernel(query), merge, out)
+        real = [i for i, n in enumerate(lengths) if n]
+        expected = torch.cat([server.expected(rule, i, computed[i], lengths[i]) for i in real])
+        torch.testing.assert_close(out[real], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_steps_in_which_nothing_slides_are_known_before():
+    rule = Rule(WINDOW, SINKS, 7, True)
+    for computed, length, prompt, slides in (
+        (0, WINDOW + SINKS, 90, False),  # window and sinks leave no gap
+        (0, WINDOW + SINKS + 1, 90, True),
+        (0, WINDOW + SINKS + 7, WINDOW + SINKS + 7, False),  # then the dense tail begins
+        (90, 91, 90, False),
+        (88, 90, 90, False),
+    ):
+        step = [torch.tensor([n]) for n in (computed, length, prompt)]
+        assert have_sliding(rule, *step) == slides
+        assert have_sliding(
+            dataclasses.replace(rule, dense_decode=False), torch.tensor([90]), *step[1:2], step[2]
+        ) == (length > 90)
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------
+
+
+def vllm_config(swaa=None, saved=None, layers=4, **changed):
+    text = SimpleNamespace(num_hidden_layers=layers, model_type="qwen3", **({"swaa": saved} if saved else {}))
+    fields = {"prefix_caching": False, "speculative": None, "embeds": False, "context_parallel": 1} | changed
+    return SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=text, hf_text_config=text, enable_prompt_embeds=fields["embeds"]),
+        additional_config={} if swaa is None else {"swaa": swaa},
+        cache_config=SimpleNamespace(enable_prefix_caching=fields["prefix_caching"]),
+        speculative_config=fields["speculative"],
+        parallel_config=SimpleNamespace(decode_context_parallel_size=fields["context_parallel"]),
+    )
+
+
+def test_the_recipe_is_what_the_user_says_else_what_the_checkpoint_holds(monkeypatch):
+    saved = SWAAConfig(sliding_window=77)
+    assert recipe_of(vllm_config(saved=saved.to_dict())) == saved
+    monkeypatch.setenv(VARIABLE, json.dumps({"sliding_window": 66}))
+    assert recipe_of(vllm_config(saved=saved.to_dict())).sliding_window == 66
+    assert recipe_of(vllm_config("quality", saved.to_dict())).sliding_window == 8192
+    assert recipe_of(vllm_config({"sliding_window": 55})).sliding_window == 55
+
+
+def test_layers_have_the_rules_of_the_recipe():
+    config = {"sliding_window": 8, "sink_tokens": 2, "full_attention_layers": [1], "full_attention_decode": [2]}
+    rules = rules_of(vllm_config(config | {"dense_tail": 3}))
+    assert rules == (Rule(8, 2, 3, False), None, Rule(8, 2, 3, True), Rule(8, 2, 3, False))
+    assert rules_of(vllm_config("full")) == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (vllm_config(), "has no recipe; give one by --additional-config"),
+        (vllm_config("balance"), "balanced"),
+        (vllm_config({"full_attention_layers": [7]}), "layer 7 of 4 does not exist"),
+        (vllm_config("balanced", prefix_caching=True), "start vLLM with --no-enable-prefix-caching"),
+        (vllm_config("throughput", prefix_caching=True), "prefix caching"),
+        (vllm_config("balanced", speculative=object()), "take dense_tail=0"),
+        (vllm_config("balanced", embeds=True), "enable_prompt_embeds"),
+        (vllm_config("balanced", context_parallel=2), "decode_context_parallel_size"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(config, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        rules_of(config)
+    assert "\n" not in str(error.value)
+
+
+def test_naive_windows_and_full_attention_keep_prefix_caching():
+    assert rules_of(vllm_config("naive", prefix_caching=True))[0] == Rule(2048, 0, 0, False)
+    assert rules_of(vllm_config("full", prefix_caching=True))[0] is None
+
+
+def test_layers_with_windows_or_biases_of_their_own():
+    rule = Rule(100, 4, 0, True)
+    check_layer(rule, 100, None)
+    with pytest.raises(UnsupportedModelError, match="own sliding window is 101"):
+        check_layer(rule, 101, None)
+    with pytest.raises(UnsupportedModelError, match="ALiBi"):
+        check_layer(rule, None, [0.5])
