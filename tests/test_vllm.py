@@ -1,6 +1,7 @@
 """The serving plugin without vLLM's kernels: a kernel of a few lines stands in for them."""
 
 import dataclasses
+import itertools
 import json
 import random
 from types import SimpleNamespace
@@ -16,6 +17,24 @@ HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 8, 16
 WINDOW, SINKS = 24, 5
 RULES = [Rule(WINDOW, SINKS, tail, dense) for tail in (0, 7) for dense in (False, True)]
 RULES += [Rule(WINDOW, 0, 0, False), Rule(1, 3, 2, True)]
+
+
+def paged_attention(query, cache, start, keys, block_table, causal, window, scale=1.0):
+    """Attention over pages `[2, pages, page, kv_heads, head_dim]`, aligned as FlashAttention aligns it."""
+    out, lse = torch.full_like(query, torch.nan), torch.full((HEADS, len(query)), torch.nan)
+    for number, (begin, end) in enumerate(itertools.pairwise(start)):
+        rows, count = int(end - begin), int(keys[number])
+        table = block_table[number]
+        key, value = (part[table].flatten(0, 1)[:count].repeat_interleave(2, 1) for part in cache)
+        scores = torch.einsum("qhd,khd->hqk", query[begin:end], key) * scale
+        ahead = torch.arange(count) - (torch.arange(rows)[:, None] + count - rows)
+        if causal:
+            scores = scores.masked_fill(ahead > 0, -torch.inf)
+        if window is not None:
+            scores = scores.masked_fill(ahead <= -window, -torch.inf)
+        lse[:, begin:end] = scores.logsumexp(-1)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1).nan_to_num(), value)
+    return out, lse
 
 
 class Server:
@@ -34,25 +53,9 @@ class Server:
         self.keys, self.values = (flat[i][slots.flatten(1)][:, :total] for i in (0, 1))
 
     def kernel(self, query):
-        """Attention aligned at the last row and the last key, as FlashAttention defines it for pages."""
-
         def run(keys, stretches, max_keys, *, causal, window):
-            out = torch.full_like(query, torch.nan)
-            lse = torch.full((HEADS, len(query)), torch.nan)
-            for number, (begin, end) in enumerate(zip(stretches.start[:-1], stretches.start[1:], strict=True)):
-                rows, count = int(end - begin), int(keys[number])
-                assert rows <= stretches.max_rows and count <= max_keys
-                table = stretches.block_table[number]
-                key, value = (part[table].flatten(0, 1)[:count].repeat_interleave(2, 1) for part in self.cache)
-                scores = torch.einsum("qhd,khd->hqk", query[begin:end], key)
-                ahead = torch.arange(count) - (torch.arange(rows)[:, None] + count - rows)
-                if causal:
-                    scores = scores.masked_fill(ahead > 0, -torch.inf)
-                if window is not None:
-                    scores = scores.masked_fill(ahead <= -window, -torch.inf)
-                lse[:, begin:end] = scores.logsumexp(-1)
-                out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1).nan_to_num(), value)
-            return out, lse
+            assert stretches.start.diff().max() <= stretches.max_rows and keys.max() <= max_keys
+            return paged_attention(query, self.cache, stretches.start, keys, stretches.block_table, causal, window)
 
         return run
 

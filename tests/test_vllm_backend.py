@@ -1,0 +1,168 @@
+"""The backend in vLLM's own classes, with the stand-in for FlashAttention of tests/test_vllm.py."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_vllm import HEAD_DIM, HEADS, KV_HEADS, PAGE, Server, merge, paged_attention, vllm_config
+
+from swaa_flex.vllm.rows import Rule
+
+pytest.importorskip("vllm", reason="needs the package vllm: pip install '.[vllm]'")
+flash_attn = pytest.importorskip("vllm.v1.attention.backends.flash_attn")
+
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata  # noqa: E402
+from vllm.v1.attention.backends import fa_utils  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality  # noqa: E402
+
+
+def varlen(q, k, v, *, cu_seqlens_q, seqused_k, block_table, causal, window_size, out=None, **rest):
+    window = None if window_size is None or window_size[0] < 0 else window_size[0] + 1
+    found, lse = paged_attention(q, torch.stack([k, v]), cu_seqlens_q, seqused_k, block_table, causal, window)
+    if out is not None:
+        out.copy_(found)
+    return (found, lse) if rest.get("return_softmax_lse") else found
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", varlen, raising=False)
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 3)
+    monkeypatch.setattr(flash_attn, "get_scheduler_metadata", lambda **_: None, raising=False)
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_quant_query_input", lambda: False)
+    monkeypatch.setattr(flash_attn, "get_current_vllm_config_or_none", lambda: None)
+    from swaa_flex.vllm import backend
+
+    monkeypatch.setattr(backend, "flash_attn_varlen_func", varlen)
+    monkeypatch.setattr(backend, "merge_attn_states", merge)
+    monkeypatch.setattr(backend.PromptLengths, "_current", None)
+    return backend
+
+
+def configured(recipe, requests=4):
+    config = vllm_config(recipe)
+    config.model_config.get_num_attention_heads = lambda _: HEADS
+    config.model_config.get_num_kv_heads = lambda _: KV_HEADS
+    config.model_config.get_head_size = lambda: HEAD_DIM
+    config.model_config.dtype = torch.float32
+    config.parallel_config.cp_kv_cache_interleave_size = 1
+    config.scheduler_config = SimpleNamespace(max_num_seqs=requests)
+    config.cache_config.cache_dtype = "auto"
+    config.compilation_config = SimpleNamespace(
+        cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: False),
+        max_cudagraph_capture_size=8,
+        static_forward_context={},
+    )
+    config.attention_config = SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=4)
+    return config
+
+
+def common(server, computed, lengths):
+    """What vLLM tells about a step."""
+    computed, lengths = (torch.tensor(x, dtype=torch.int32) for x in (computed, lengths))
+    start = torch.cat([torch.zeros(1, dtype=torch.int32), (lengths - computed).cumsum(0).int()])
+    rows = int(start[-1])
+    return CommonAttentionMetadata(
+        query_start_loc=start,
+        query_start_loc_cpu=start,
+        seq_lens=lengths,
+        num_reqs=len(lengths),
+        num_actual_tokens=rows,
+        max_query_len=int((lengths - computed).max()),
+        max_seq_len=int(lengths.max()),
+        block_table_tensor=server.block_table,
+        slot_mapping=torch.zeros(rows, dtype=torch.long),
+        is_prefilling=computed < server.prompts,
+        seq_lens_cpu_upper_bound=lengths,
+    )
+
+
+RECIPE = {"sliding_window": 24, "sink_tokens": 5, "full_attention_layers": [1], "full_attention_decode": [2]}
+RULES = {0: Rule(24, 5, 7, False), 1: Rule(1000, 0, 0, True), 2: Rule(24, 5, 7, True)}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_every_layer_of_a_step_sees_what_the_recipe_says(backend, monkeypatch, told):
+    tail = 7 if told else 0  # without logits processors nobody tells where prompts end
+    config = configured(RECIPE | {"dense_tail": tail})
+    monkeypatch.setattr(backend, "get_current_vllm_config", lambda: config)
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(3)]
+    spec = SimpleNamespace(dtype=torch.float32, block_size=PAGE)
+    builder = backend.MetadataBuilder(spec, names, config, torch.device("cpu"))
+    implementation = backend.Attention(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, None, "auto")
+    scales = {f"_{name}_scale": torch.ones(1) for name in "qkv"}
+    draw = random.Random(0)
+    for seed in range(8):
+        prompts = [draw.randrange(1, 90) for _ in range(4)]
+        server = Server(prompts, 110, seed)
+        if told:
+            lengths = backend.PromptLengths(config, torch.device("cpu"), False)
+            added = [(row, None, [0] * prompt, []) for row, prompt in enumerate(prompts)]
+            lengths.update_state(BatchUpdate(4, [], added, []))
+        if seed % 2:
+            computed = [draw.randrange(prompt, 109) for prompt in prompts]  # decode rows only
+            ends = [c + 1 for c in computed]
+        else:
+            computed = [draw.choice((0, prompt // 2, prompt)) for prompt in prompts]
+            # Without being told, a prompt and its answer are never in one step.
+            most = [110 if c >= prompt or told else prompt for c, prompt in zip(computed, prompts, strict=True)]
+            ends = [draw.randrange(c + 1, m + 1) for c, m in zip(computed, most, strict=True)]
+        metadata = builder.build(0, common(server, computed, ends))
+        query = torch.cat([q[c:n] for q, c, n in zip(server.query, computed, ends, strict=True)])
+        pages = torch.stack(list(server.cache), 1)
+        for number, name in enumerate(names):
+            layer = SimpleNamespace(layer_name=name, **scales)
+            out = torch.empty_like(query)
+            implementation.forward(layer, query, query, query, pages, metadata, out)
+            rule = RULES[number]
+            rule = Rule(rule.window, rule.sinks, min(tail, rule.dense_tail), rule.dense_decode)
+            expected = [server.expected(rule, i, c, n) for i, (c, n) in enumerate(zip(computed, ends, strict=True))]
+            torch.testing.assert_close(out, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_steps_of_decode_rows_keep_their_tensors(backend):
+    """A CUDA graph reads them where they were."""
+    config = configured(RECIPE | {"dense_tail": 7})
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(3)]
+    spec = SimpleNamespace(dtype=torch.float32, block_size=PAGE)
+    builder = backend.MetadataBuilder(spec, names, config, torch.device("cpu"))
+    server = Server([10] * 4, 110)
+    found = [builder.build(0, common(server, [c] * 4, [c + 1] * 4)).stretches for c in (30, 90)]
+    assert [list(step) for step in found] == [[RULES[0]]] * 2, "dense decode rows need no cutting"
+    first, second = (step[RULES[0]].sinks for step in found)
+    assert first.data_ptr() == second.data_ptr() and second.tolist() == [5] * 4
+
+
+def test_cuda_graphs_are_for_what_they_can_do(backend):
+    def support(**fields):
+        return backend.MetadataBuilder.get_cudagraph_support(configured(RECIPE | fields), None)
+
+    assert support(full_attention_decode=True) == AttentionCGSupport.UNIFORM_BATCH
+    assert support() == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def test_prompt_lengths_follow_their_requests(backend):
+    lengths = backend.PromptLengths(configured(RECIPE), torch.device("cpu"), False)
+    lengths.update_state(BatchUpdate(3, [], [(i, None, [0] * n, []) for i, n in enumerate((11, 22, 33))], []))
+    assert backend.PromptLengths.of_batch(3).tolist() == [11, 22, 33]
+    moves = [(0, 2, MoveDirectionality.SWAP), (2, 1, MoveDirectionality.UNIDIRECTIONAL)]
+    lengths.update_state(BatchUpdate(2, [1], [], moves))
+    assert backend.PromptLengths.of_batch(2).tolist() == [33, 11]
+    lengths.update_state(None)
+    assert backend.PromptLengths.of_batch(6).tolist()[:2] == [33, 11]
+    assert backend.PromptLengths.of_batch(6).shape == (6,)
+
+
+def test_vllm_finds_the_backend_and_refuses_what_it_cannot_run(backend):
+    from swaa_flex.vllm import register
+
+    register()
+    register()
+    assert AttentionBackendEnum.CUSTOM.get_class() is backend.Backend
+    assert not backend.Backend.supports_kv_cache_dtype("fp8")
+    assert backend.Backend.supports_kv_cache_dtype("auto")
+    assert not backend.Backend.is_mla() and not backend.Backend.supports_attn_type("encoder_decoder")
+    assert not backend.Backend.supports_sink()
