@@ -1,6 +1,7 @@
 """vLLM with the plugin answers what transformers with swaa_flex answers. `pytest -m gpu -n0 tests/test_vllm_gpu.py`"""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,12 +31,12 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model whose attention is sharp, so that it matters what a row sees."""
+    """A model that minds a key more or less, and minds rounding less."""
     torch.manual_seed(0)
     model = tiny("llama", vocab_size=1000, hidden_size=256, head_dim=64, num_attention_heads=4, num_key_value_heads=2)
     for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.mul_(4)
-        layer.self_attn.k_proj.weight.data.mul_(4)
+        layer.self_attn.q_proj.weight.data.mul_(0.5)
+        layer.self_attn.k_proj.weight.data.mul_(0.5)
     path = tmp_path_factory.mktemp("model")
     model.to(torch.bfloat16).save_pretrained(path)
     return path
@@ -95,15 +96,16 @@ def test_requests_of_different_lengths_in_one_batch(saved, prompts, name, graphs
     found = answers(saved, config, prompts, enforce_eager=not graphs)
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16, attn_implementation="swaa_flex")
     errors = {}
-    for recipe in (config, "full"):
+    neighbours = [replace(config, sliding_window=window) for window in (63, 65)]
+    for recipe in (config, *neighbours, "full"):
         swaa_flex.adapt(model.cuda(), recipe)
         errors[recipe] = []
         for prompt, (tokens, theirs) in zip(prompts, found, strict=True):
             ours, best = log_probs(model, prompt, tokens)
             errors[recipe].append((ours - torch.tensor(theirs, device="cuda")).abs().mean().item())
             if recipe == config:
-                assert (best - ours).max() < 0.1, "not the likeliest token, by more than rounding"
-    print(name, "mean error of log-probabilities by prompt", [f"{e:.3f}" for e in errors[config]])
-    print("  under full attention", [f"{e:.3f}" for e in errors["full"]])
-    assert max(errors[config]) < 0.03
-    assert max(errors["full"][4:]) > 0.1, "the test must tell masks apart"
+                assert (best - ours).max() < 0.3, "not the likeliest token, by more than rounding"
+        print(name, recipe, "mean error by prompt", [f"{error:.3f}" for error in errors[recipe]])
+    assert max(errors[config]) < 0.1
+    assert max(errors["full"]) > 0.5, "the test must tell masks apart"
+    assert all(sum(errors[config]) < sum(errors[neighbour]) for neighbour in neighbours)
