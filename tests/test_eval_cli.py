@@ -173,12 +173,13 @@ def test_settings_have_names_that_tell_them_apart():
 def test_settings_run_on_their_models_or_on_the_one_given(folder, given, tmp_path):
     models = [str(folder / "model"), str(folder / "model") + "/"]
     path = written(tmp_path / "s.json", [reference(None, models=models), reference(4, 1, True, [1, 3], models=models)])
-    done = answered(*given[1:], "--settings", path, "--json")
+    model, _, _, *given = given  # settings are in place of --recipes
+    done = answered(*given, "--settings", path, "--json")
     first, second = map(json.loads, done.stdout.splitlines())
     assert first["cells"] == second["cells"]
     assert list(first["configs"]) == ["full", "W 4, K 1, D, full 1::1"] and first["baseline"] == "full"
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["1-model", "2-model"]
-    on_given = json.loads(answered(*given, "--settings", path, "--json", "--out", tmp_path / "one").stdout)
+    on_given = json.loads(answered(model, *given, "--settings", path, "--json", "--out", tmp_path / "one").stdout)
     assert on_given["cells"] == first["cells"]
 
 
@@ -218,6 +219,11 @@ def test_a_table_has_value_interval_difference_and_p():
     assert lines[row].split(maxsplit=1)[1].startswith("76.0 [69.6, 81.4]") and "15.50 [14.00, 17.00]" in lines[row]
     assert "-10.0 [-15.2, -4.7]" in lines[row + 1] and "+1.00 [+0.50, +1.50]" in lines[row + 1]
     assert "p < 0.001" in lines[row + 2] and "p = 0.021" in lines[row + 2]
+    wide = replace(summary, cells=tuple(replace(c, task=f"qa:{c.task}[bold] of a long name") for c in cells))
+    for width in (30, 60, 100):  # a column that does not fit is cut, the names of the recipes are not
+        lines = shown(wide, width).splitlines()
+        assert sum(line.startswith("fast ") for line in lines) == (1 if width == 100 else 2)
+    assert "[bold] of a long name" in shown(wide, 100)
     narrow = shown(summary, 45)
     assert narrow.count("recipe") == 2 and max(map(len, narrow.splitlines())) <= 45
     assert "fast\n" not in narrow and "not corrected" in report.notes(summary)
@@ -241,7 +247,8 @@ def test_without_full_attention_the_notes_say_so():
         (("--lengths", "1k,4k"), "length 4096: expected 1 to 2048 tokens"),
         (("--window", "0"), "--window 0: expected at least 1 token"),
         (("--samples", "0"), "count=0: expected at least 1"),
-        (("--settings", "nowhere.json"), "nowhere.json: expected a JSON list of swaa_config and model_list"),
+        (("--settings", "nowhere.json"), "and --settings: expected one of them"),
+        (("--judge", "exact", "--tasks", "ppl"), "--judge exact: it is for answers to qa:FILE"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(changed, problem, given, tmp_path):

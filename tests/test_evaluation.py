@@ -14,12 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from test_distill import tiny_model, words_tokenizer
-from transformers import LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import swaa_flex
 from swaa_flex import ConfigError, SWAAConfig
 from swaa_flex.errors import DoesNotFitError
 from swaa_flex.evaluation import scoring, statistics, summary
+from swaa_flex.evaluation.needles import Needles
+from swaa_flex.evaluation.perplexity import Perplexity
+from swaa_flex.evaluation.results import Results
 from swaa_flex.evaluation.runner import evaluate
 from swaa_flex.evaluation.tasks import Sample, get
 
@@ -504,3 +507,36 @@ def test_a_task_without_samples_is_refused(model, tokenizer, tmp_path, monkeypat
     monkeypatch.setattr(RandomTask, "samples", lambda *_: [])
     with pytest.raises(ConfigError, match="it has no samples"):
         run(model, tokenizer, tmp_path)
+
+
+# --- what is damaged, too much or said in another way --------------------------------------------------------
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    store = Results(tmp_path, {"task": "t", "length": 1})
+    store.path.write_text('{"key": "a", "score": 1}\n{"score": 1}\n')
+    with pytest.raises(ConfigError, match=r"\.jsonl, line 2: expected a result as JSON; delete the line"):
+        store.read()
+
+
+def test_needles_of_more_words_than_there_are_are_refused():
+    with pytest.raises(ConfigError, match="keys=100 and values=100 as words: 10100 words, and there are"):
+        Needles(name="n", words=True, keys=100, values=100)
+
+
+def test_pads_do_not_move_learned_positions():
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=64, initializer_range=0.5)
+    model = GPT2LMHeadModel(config).eval()
+    samples = [Sample(str(n), tuple(range(5, 5 + n)), continuations=((7, 8, 9),)) for n in (3, 20)]
+    together = scoring.continuation_log_probs(model, samples)
+    alone = [scoring.continuation_log_probs(model, [sample])[0] for sample in samples]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_full_layers_in_any_notation_are_what_others_are_compared_with(tmp_path):
+    configs = {"mine": SWAAConfig(8), "all": SWAAConfig(8, full_attention_layers="0::1")}
+    summary = evaluate(
+        tiny_model(), words_tokenizer(), configs, [Perplexity(scored=16)], [64], count=2, out=tmp_path, progress=False
+    )
+    assert summary.baseline == "all"

@@ -101,6 +101,17 @@ TRICKY = {
     "reasoning that does not end": ("Let us see. Paris", to("Paris", **REASONS), 0, 0),
     "thinking in place of reasoning": ("<think>Rome?</think>Paris", to("Paris", **REASONS), 1, 1),
     "thinking and reasoning": ("<think>Answer: Rome</think>So:\nAnswer: Paris", to("Paris", **REASONS), 1, 1),
+    "mark of full width": ("Rome is old.\nAnswer\uff1a Paris", to("Paris", **REASONS), 1, 1),
+    "mark that begins a line": ("Answer: Paris\nI hope this answer: helps", to("Paris", **REASONS), 0, 1),
+    "power": ("10\u00b2", to("102"), 0, 0),
+    "fraction": ("3\u00bd", to("31"), 0, 0),
+    "decimals without a zero": ("It is .5", to("5"), 0, 0),
+    "the same with a zero": (".5", to("0.5"), 1, 1),
+    "sign before the currency": ("-$5", to("5"), 0, 0),
+    "the same after it": ("-$5", to("$-5"), 1, 1),
+    "name with signs": ("C", to("C++"), 0, 0),
+    "the same name": ("It is C++.", to("C++"), 0, 1),
+    "another name with a sign": ("C#", to("C"), 0, 0),
     "mark where none was asked for": ("Paris. Answer: Rome", to("Paris"), 0, 1),
 }
 

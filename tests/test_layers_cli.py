@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import swaa_flex
-from swaa_flex import SWAAConfig
+from swaa_flex import ConfigError, SWAAConfig
 from swaa_flex.analysis import evaluations
 from swaa_flex.cli import app, layers
 from swaa_flex.cli import tokens as token_counts
@@ -39,7 +39,7 @@ def few_scored_tokens(monkeypatch):
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("lazy", "2 forwards of 40 tokens"),
+        ("lazy", "forwards of 40 tokens: 2"),
         ("sensitivity", "5 losses of 2 texts: 10 forwards of 48 tokens"),
         ("greedy", "8 losses of 2 texts: 16 forwards of 48 tokens"),
     ],
@@ -106,7 +106,9 @@ def test_texts_are_spread_over_the_file(tmp_path):
     (tmp_path / "book.txt").write_text(" ".join(map(str, range(10, 40))), "utf-8")
     found = layers._stretches(tokenizer, tmp_path / "book.txt", 20, 3)
     assert found == [ids[:20], ids[20:40], ids[40:]]
-    assert layers._stretches(tokenizer, tmp_path / "book.txt", 60, 2) == [ids, ids]
+    assert layers._stretches(tokenizer, tmp_path / "book.txt", 59, 2) == [ids[:59], ids[1:]]
+    with pytest.raises(ConfigError, match="too few for 2 stretches of 60"):  # they would be the same
+        layers._stretches(tokenizer, tmp_path / "book.txt", 60, 2)
 
 
 @pytest.mark.parametrize(("given", "tokens"), [("3000", 3000), ("1k", 1024), ("16K", 16384)])
@@ -132,7 +134,8 @@ def test_without_matplotlib_all_but_the_picture_is_written(folder, tmp_path, mon
         (("--budget", 4), "budget=4: expected a number of full layers from 1 to 3"),
         (("--length", 513), "--length 513: 513 tokens are read, and the model goes no further than 512"),
         (("--window", 0), "sliding_window=0"),
-        (("--text", "short.txt"), "short.txt has 2 tokens, fewer than the 40"),
+        (("--text", "short.txt"), "short.txt has 2 tokens, too few for"),
+        (("--out", "short.txt"), "--out short.txt: it is a file; expected a folder"),
         (("--text", "nowhere.txt"), "nowhere.txt"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import visible_pairs as pairs_of
 from test_demo import tiny, word_tokenizer
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import swaa_flex
@@ -108,6 +109,24 @@ def test_quality_is_relative_to_full_attention_where_that_can_do_the_task():
     assert found["mine"].low == pytest.approx((0.2 / 0.8 + 10 / 40) / 2)
 
 
+def test_what_one_task_gains_does_not_pay_for_what_another_loses():
+    cells = (
+        cell("full attention", "one", 0.05, 0.0, 0.2),
+        cell("full attention", "two", 1.0, 0.8, 1.0),
+        cell("mine", "one", 0.1, 0.01, 0.3),
+        cell("mine", "two", 0.1, 0.0, 0.2),
+    )
+    summary = replace(SUMMARY, cells=cells)
+    found = qualities(summary, able(summary, "full attention"))["mine"]
+    assert found.by_task == {"one": 2.0, "two": 0.1}
+    assert found.ratio == pytest.approx(0.55) and found.low == pytest.approx(0.1)
+
+
+def test_a_single_sample_tells_nothing():
+    summary = replace(SUMMARY, cells=tuple(replace(cell, samples=1) for cell in SUMMARY.cells))
+    assert qualities(summary, able(summary, "full attention"))["mine"].low == 0
+
+
 def test_tasks_that_full_attention_fails_say_nothing():
     failing = replace(SUMMARY, cells=SUMMARY.cells[1:2])
     with pytest.raises(ConfigError, match="no answer right in vt; take shorter prompts"):
@@ -160,6 +179,28 @@ def test_the_command_writes_a_configuration_table_and_picture(folder, tmp_path):
     assert max(map(len, lines)) <= 100
 
 
+def test_tasks_and_windows_are_lists_as_in_eval(folder, tmp_path):
+    rows = [{"prompt": "red blue", "choices": ["green", "one"], "answer": 0}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = f"choice:{tmp_path / 'rows.jsonl'}, ppl"
+    given = ("--samples", 2, "--context", 512, "--length", 384, "--windows", "16, 32", "--out", tmp_path / "out")
+    done = run(folder, "--tasks", tasks, *given)
+    assert done.exit_code == 0, done.output
+
+
+def test_a_model_that_always_thinks_is_measured_thinking(folder, tmp_path):
+    thinks = AutoTokenizer.from_pretrained(folder)
+    thinks.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}<think>"
+    thinks.save_pretrained(tmp_path / "model")
+    tiny(4).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "red blue", "question": "green", "answer": "one"}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ("--samples", 2, "--context", 512, "--length", 384, "--out", tmp_path / "out", "--json")
+    done = run(tmp_path / "model", "--tasks", f"ppl,qa:{tmp_path / 'rows.jsonl'}", *given)
+    assert done.exit_code == 0, done.output
+    assert all(option["thinks"] for option in json.loads(done.stdout)["options"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -169,6 +210,7 @@ def test_the_command_writes_a_configuration_table_and_picture(folder, tmp_path):
         (("--context", "many"), "--context many: expected a number of tokens"),
         (("--context", "128k"), "the model goes no further than"),
         (("--context", 256, "--length", 512), "--length 512: expected at most the 256 tokens"),
+        (("--tasks", "nia"), "did you mean 'niah'"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, said, folder, tmp_path):

@@ -131,6 +131,17 @@ def test_what_cannot_run_is_one_line_and_nothing_runs(arguments, problem, here):
     assert not (here / "ran").exists()
 
 
+def test_a_recipe_that_cannot_be_read_is_named(here):
+    (here / "bytes.json").write_bytes(b"\xff\xfe")
+    for given, problem in (
+        ("nope", "--swaa nope: "),
+        ("bytes.json", "--swaa bytes.json: "),
+        ("no.json", "No such file"),
+    ):
+        done = CliRunner().invoke(app, ["run", "--swaa", given, "script.py"])
+        assert done.exit_code == 1 and problem in done.output and "SWAA_FLEX_RECIPE" not in done.output
+
+
 def test_a_wrong_variable_is_named(monkeypatch):
     monkeypatch.setenv(RECIPE_VARIABLE, "fst")
     with pytest.raises(ConfigError, match=r"SWAA_FLEX_RECIPE: unknown recipe 'fst'.*did you mean 'fast'"):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from swaa_flex import ConfigError, SWAAConfig, UnsupportedModelError
-from swaa_flex.vllm.recipe import VARIABLE, check_layer, recipe_of, rules_of
+from swaa_flex.hf.config import RECIPE_VARIABLE
+from swaa_flex.vllm.recipe import check_layer, recipe_of, rules_of
 from swaa_flex.vllm.rows import Rule, attend, cut, cut_decode, have_sliding
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 8, 16
@@ -164,7 +165,7 @@ def vllm_config(swaa=None, saved=None, layers=4, **changed):
 def test_the_recipe_is_what_the_user_says_else_what_the_checkpoint_holds(monkeypatch):
     saved = SWAAConfig(sliding_window=77)
     assert recipe_of(vllm_config(saved=saved.to_dict())) == saved
-    monkeypatch.setenv(VARIABLE, json.dumps({"sliding_window": 66}))
+    monkeypatch.setenv(RECIPE_VARIABLE, json.dumps({"sliding_window": 66}))
     assert recipe_of(vllm_config(saved=saved.to_dict())).sliding_window == 66
     assert recipe_of(vllm_config("quality", saved.to_dict())).sliding_window == 8192
     assert recipe_of(vllm_config({"sliding_window": 55})).sliding_window == 55

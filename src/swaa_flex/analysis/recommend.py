@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,11 @@ class Quality:
     """What a configuration keeps of full attention: 1 is all of it.
 
     Attributes:
-        ratio: Mean over the tasks of score / score of full attention, or of its perplexity / perplexity.
+        ratio: Mean over the tasks of score / score of full attention, or of its perplexity / perplexity. Each is at
+            most 1: what one task gains does not pay for what another loses.
         low: The same with the lower ends of the 95 % intervals of the scores, taking those of full attention as known.
-        by_task: The ratio of each task.
+            0 where there is one sample only, which tells nothing.
+        by_task: The ratio of each task, which may be above 1.
     """
 
     ratio: float
@@ -42,7 +44,7 @@ class Option:
         name: In words.
         config: For the context that was asked for.
         thinks: Whether the prompt lets the model think before it answers.
-        quality: Against full attention without thinking.
+        quality: Against full attention, without thinking where the model can do without.
         cost: Of one sequence.
         total_s: Seconds for prompt, thoughts and answer.
     """
@@ -201,9 +203,12 @@ def qualities(summary: Summary, full: Mapping[tuple[str, int | None], Cell]) -> 
         cells = [cell for cell in summary.cells if cell.config == name and (cell.task, cell.length) in full]
         ratios = {cell.task: _ratio(cell, cell.value, full) for cell in cells}
         low = [
-            _ratio(cell, cell.interval.low if cell.metric == "score" else cell.interval.high, full) for cell in cells
+            _ratio(cell, cell.interval.low if cell.metric == "score" else cell.interval.high, full)
+            if cell.samples > 1
+            else 0.0
+            for cell in cells
         ]
-        found[name] = Quality(sum(ratios.values()) / len(ratios), sum(low) / len(low), ratios)
+        found[name] = Quality(_mean_of_at_most_1(ratios.values()), _mean_of_at_most_1(low), ratios)
     return found
 
 
@@ -240,6 +245,10 @@ def choose(options: Iterable[Option], budget: float, *, context: int, length: in
 def _ratio(cell: Cell, value: float, full: Mapping[tuple[str, int | None], Cell]) -> float:
     of_full = full[cell.task, cell.length].value
     return value / of_full if cell.metric == "score" else of_full / value
+
+
+def _mean_of_at_most_1(ratios: Collection[float]) -> float:
+    return sum(min(1.0, ratio) for ratio in ratios) / len(ratios)
 
 
 def _tokens(count: int) -> str:

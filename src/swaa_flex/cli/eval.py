@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +18,16 @@ from .. import recipes as named
 from ..config import SWAAConfig
 from ..errors import ConfigError
 from ..evaluation import report, settings
-from ..evaluation import tasks as all_tasks
 from ..evaluation.runner import SUMMARY, evaluate
-from ..evaluation.sample import Task
 from ..evaluation.summary import Summary
 from ..tuning import load_adapter
-from . import checkpoint, left_out
+from . import asked, checkpoint
 from . import tokens as token_counts
+from .left_out import say
 from .trial import scaled
 
 PICTURE = "summary.png"
+RECIPES = "full,naive,balanced,quality"
 
 
 def eval_(
@@ -41,8 +40,13 @@ def eval_(
         ),
     ] = None,
     recipes: Annotated[
-        str, typer.Option(help="What to compare: names, or .json files with the fields of a SWAAConfig.")
-    ] = "full,naive,balanced,quality",
+        str | None,
+        typer.Option(
+            show_default=False,
+            help="What to compare: names, or .json files with the fields of a SWAAConfig. Default: "
+            "full,naive,balanced,quality.",
+        ),
+    ] = None,
     tasks: Annotated[
         str, typer.Option(help="niah (or niah_single, ...), vt, ppl, qa:FILE, choice:FILE.")
     ] = "niah,ppl",
@@ -95,15 +99,17 @@ def eval_(
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    chosen_lengths = [token_counts.read("--lengths", length) for length in _list(lengths)]
-    chosen_tasks = _tasks(tasks, {"text": text, "style": style, "judge": judge})
+    chosen_lengths = [token_counts.read("--lengths", length) for length in asked.names(lengths)]
+    chosen_tasks = asked.tasks(tasks, {"text": text, "style": style, "judge": judge})
     by_model: Mapping[str, list[dict[str, Any]] | None] = {model or checkpoint.installed(): None}
     if settings_file is not None:
+        if recipes is not None:
+            raise ConfigError(f"--recipes {recipes} and --settings: expected one of them")
         by_model = settings.read_settings(settings_file)
         if model is not None:
             by_model = {model: [values for of_model in by_model.values() for values in of_model]}
     else:
-        _recipes(recipes, None, window, sinks)  # what is wrong with them is said before a model is loaded
+        _recipes(recipes or RECIPES, None, window, sinks)  # what is wrong with them is said before a model is loaded
     for number, (name, of_settings) in enumerate(by_model.items(), 1):
         loaded, tokenizer = checkpoint.load(name)
         if adapter is not None:
@@ -111,7 +117,7 @@ def eval_(
         config = loaded.config.get_text_config()
         folder = out if len(by_model) == 1 else out / f"{number}-{Path(name).name}"
         if of_settings is None:
-            configs = _recipes(recipes, config.model_type, window, sinks)
+            configs = _recipes(recipes or RECIPES, config.model_type, window, sinks)
         else:
             configs = settings.named(of_settings, config.num_hidden_layers)
         summary = evaluate(
@@ -131,13 +137,13 @@ def eval_(
 
 def _recipes(given: str, model_type: str | None, window: int | None, sinks: int | None) -> dict[str, SWAAConfig]:
     configs = {}
-    for name in _list(given):
+    for name in asked.names(given):
         if name.endswith(".json"):
             try:
                 # Known by the name of the file alone, as long as that tells it apart.
                 short = Path(name).name
                 configs[name if short in configs else short] = SWAAConfig.from_json(Path(name).read_text())
-            except (OSError, ConfigError) as error:
+            except (OSError, UnicodeDecodeError, ConfigError) as error:
                 raise ConfigError(f"--recipes {name}: {error}") from error
             continue
         config = named.get(name, model_type)
@@ -151,40 +157,13 @@ def _recipes(given: str, model_type: str | None, window: int | None, sinks: int 
     return configs
 
 
-_OPTIONS = {"niah": ("text", "style"), "vt": ("text", "style"), "ppl": ("text",), "qa": ("style", "judge")}
-
-
-def _tasks(given: str, options: Mapping[str, Any]) -> list[Task]:
-    """The tasks, each with those of the options that it has."""
-    found: list[Task] = []
-    for name in _list(given):
-        has = _OPTIONS.get(re.split("[_:]", name)[0], ())
-        found += all_tasks.get(name, **{option: options[option] for option in has if options[option] is not None})
-    for task in found:
-        rows = getattr(task, "left_out", ())
-        left_out.report(
-            f"{len(rows)} rows of {task.name} are left out:", rows, lambda line: typer.echo(line, err=True)
-        )
-    return found
-
-
-def _say(text: str) -> None:
-    """On stderr, in the first process only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        typer.echo(text, err=True)
-
-
-def _list(given: str) -> list[str]:
-    return [part.strip() for part in given.split(",") if part.strip()]
-
-
 def _show(summary: Summary, folder: Path, as_json: bool) -> None:
     written = [SUMMARY]
     try:
         report.draw(summary, folder / PICTURE)
         written.append(PICTURE)
     except ImportError as error:
-        _say(f"no picture: {error}")
+        say(f"no picture: {error}")
     if as_json:
         typer.echo(json.dumps(summary.to_dict()))
     else:
@@ -193,4 +172,4 @@ def _show(summary: Summary, folder: Path, as_json: bool) -> None:
             console.print(table)
             console.print()
         console.print(Text(report.notes(summary), style="dim"))
-    _say(f"wrote {' and '.join(written)} to {folder}")
+    say(f"wrote {' and '.join(written)} to {folder}")

@@ -20,6 +20,7 @@ from ..analysis import AnswerLoss, LayerChoice, evaluations, greedy, lazy, sensi
 from ..analysis.choice import layers_of
 from ..config import SWAAConfig
 from ..errors import ConfigError, did_you_mean
+from ..evaluation.perplexity import beginning
 from ..evaluation.texts import read as read_text
 from ..files import write_atomically
 from . import checkpoint
@@ -62,7 +63,7 @@ def layers(
 
       lazy         layers that look most outside sinks and window: a forward per text
       sensitivity  layers whose window, all others full, costs most: as many as layers
-      greedy       start with none full, add the best one by one: half of layers x budget
+      greedy       start with none full, add the best one by one: up to layers x budget
 
     Choose with the window, sinks and lengths that you mean to use. Generated
     tokens attend to everything and prompts have a dense tail of 64 rows, as in
@@ -86,6 +87,8 @@ def layers(
             f"--length {length}: expected more than the {window + sinks} tokens that --window {window} and --sinks "
             f"{sinks} show, or every layer sees everything"
         )
+    if out is not None and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: it is a file; expected a folder, existing or new")
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     count = loaded.config.get_text_config().num_hidden_layers
     budget = count // 2 if budget is None else budget
@@ -116,7 +119,7 @@ def _choice(
     out: Path | None,
 ) -> LayerChoice:
     if method == "lazy":
-        typer.echo(f"{len(texts)} forwards of {len(texts[0])} tokens", err=True)
+        typer.echo(f"forwards of {len(texts[0])} tokens: {len(texts)}", err=True)
         return lazy(model, texts, config, budget)
     losses = evaluations(method, layers, budget)
     typer.echo(
@@ -130,14 +133,16 @@ def _choice(
 def _stretches(tokenizer: Any, file: Path | None, tokens: int, count: int) -> list[list[int]]:
     """Token ids of stretches of a text, evenly spread."""
     name = "the documentation of Python" if file is None else str(file)
-    ids: list[int] = tokenizer(read_text(file), verbose=False).input_ids
-    if len(ids) < tokens:
+    ids: list[int] = tokenizer(read_text(file), add_special_tokens=False, verbose=False).input_ids
+    start = beginning(tokenizer)
+    tokens -= len(start)
+    if len(ids) < tokens + count - 1:
         raise ConfigError(
-            f"{name} has {len(ids)} tokens, fewer than the {tokens} that are read; take a longer text or a smaller "
-            "--length"
+            f"{name} has {len(ids)} tokens, too few for {count} stretches of {tokens}; take a longer text, a smaller "
+            "--length, or fewer --texts"
         )
     step = (len(ids) - tokens) / max(1, count - 1)
-    return [ids[round(i * step) :][:tokens] for i in range(count)]
+    return [start + ids[round(i * step) :][:tokens] for i in range(count)]
 
 
 def _write(choice: LayerChoice, out: Path) -> None:

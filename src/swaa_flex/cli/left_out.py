@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
+import typer
+
 SHOWN = 5
+
+
+def say(text: str) -> None:
+    """On stderr, in the first process only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        typer.echo(text, err=True)
 
 
 def report(heading: str, rows: Sequence[str], say: Callable[[str], None]) -> None:

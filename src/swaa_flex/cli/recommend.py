@@ -19,11 +19,11 @@ from ..analysis import cost, lazy
 from ..analysis.recommend import Option, Recommendation, able, candidates, choose, qualities, shrunk
 from ..config import SWAAConfig
 from ..errors import ConfigError, did_you_mean
-from ..evaluation import tasks as all_tasks
 from ..evaluation import texts
+from ..evaluation.prompts import thinks_always
 from ..evaluation.runner import evaluate
 from ..files import write_atomically
-from . import checkpoint, tokens
+from . import asked, checkpoint, tokens
 
 TIMES = ("auto", "measured", "estimated")
 ON_CPU = 1024  # tokens that quality is measured on unless told otherwise
@@ -97,22 +97,23 @@ def recommend(
     for name, count in (("--samples", samples), ("--new-tokens", new_tokens), ("--thoughts", thoughts)):
         if count < 1:
             raise ConfigError(f"{name} {count}: expected at least 1")
-    asked = None if context is None else tokens.read("--context", context)
+    wanted = None if context is None else tokens.read("--context", context)
     measured_on = None if length is None else tokens.read("--length", length)
-    given = None if windows is None else [tokens.read("--windows", window) for window in windows.split(",")]
+    given = None if windows is None else [tokens.read("--windows", window) for window in asked.names(windows)]
+    asked.tasks(tasks, {"text": text})  # what is wrong with them is said before a model is loaded
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     on_gpu = loaded.device.type == "cuda"
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 1 << 17
-    asked = min(longest, 1 << 17) if asked is None else asked
-    if asked > longest:
+    wanted = min(longest, 1 << 17) if wanted is None else wanted
+    if wanted > longest:
         raise ConfigError(f"--context {context}: the model goes no further than {longest} tokens")
-    measured_on = measured_on or (asked if on_gpu else min(asked, ON_CPU))
-    if measured_on > asked:
-        raise ConfigError(f"--length {length}: expected at most the {asked} tokens of the context")
-    given = given or [max(1, asked // share) for share in (64, 16)]
-    configs = _configs(loaded, tokenizer, text, given, asked, measured_on)
+    measured_on = measured_on or (wanted if on_gpu else min(wanted, ON_CPU))
+    if measured_on > wanted:
+        raise ConfigError(f"--length {length}: expected at most the {wanted} tokens of the context")
+    given = given or [max(1, wanted // share) for share in (64, 16)]
+    configs = _configs(loaded, tokenizer, text, given, wanted, measured_on)
     summaries = _evaluated(
-        loaded, tokenizer, configs, tasks, text, measured_on, context=asked, count=samples, seed=seed,
+        loaded, tokenizer, configs, tasks, text, measured_on, context=wanted, count=samples, seed=seed,
         batch_size=batch_size, out=out,
     )  # fmt: skip
     is_measured = on_gpu if times == "auto" else times == "measured"
@@ -121,10 +122,10 @@ def recommend(
     for name, config in configs.items():
         if is_measured:
             with console.status(f"timing {name}"):
-                costs[name] = cost.measure(loaded, config, asked)
+                costs[name] = cost.measure(loaded, config, wanted)
         else:
-            costs[name] = cost.estimate(loaded, config, asked)
-    full = able(summaries[False], "full attention")
+            costs[name] = cost.estimate(loaded, config, wanted)
+    full = able(next(iter(summaries.values())), "full attention")
     options = [
         Option(name, configs[name], thinks, quality, costs[name], costs[name].total_s(new_tokens + thoughts * thinks))
         for thinks, summary in summaries.items()
@@ -132,7 +133,7 @@ def recommend(
     ]
     timed = "measured on this GPU, uncompiled" if is_measured and on_gpu else "measured on this CPU"
     timed = timed if is_measured else f"estimated for {cost.H200.name}"
-    found = choose(options, budget, context=asked, length=measured_on, timed=timed)
+    found = choose(options, budget, context=wanted, length=measured_on, timed=timed)
     _write(found, out)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
@@ -167,17 +168,16 @@ def _evaluated(
     context: int,
     **settings: Any,
 ) -> dict[bool, Any]:
-    """Summaries, by whether the prompt lets the model think."""
+    """Summaries, by whether the prompt lets the model think; without thought first, where the model can do without."""
     short = {name: shrunk(config, context, length) for name, config in configs.items()}
-    can_think = "enable_thinking" in (tokenizer.chat_template or "")
+    styles = {False: "direct", True: "cot"}
+    if thinks_always(tokenizer):
+        del styles[False]
+    elif "enable_thinking" not in (tokenizer.chat_template or ""):
+        del styles[True]
     summaries = {}
-    for thinks in (False, True) if can_think else (False,):
-        chosen = []
-        for name in tasks.split(","):
-            options: dict[str, Any] = {} if name == "ppl" else {"style": "cot" if thinks else "direct"}
-            if text is not None and not name.startswith(("qa:", "choice:")):
-                options["text"] = text
-            chosen += all_tasks.get(name.strip(), **options)
+    for thinks, style in styles.items():
+        chosen = asked.tasks(tasks, {"text": text, "style": style})
         summaries[thinks] = evaluate(model, tokenizer, short, chosen, [length], **settings)
     return summaries
 
@@ -201,7 +201,8 @@ def _print(found: Recommendation, out: Path) -> None:
         table.add_column(
             column, justify="left" if column == "configuration" else "right", no_wrap=column != "configuration"
         )
-    slowest = next(o for o in found.options if o.config.sliding_window is None and not o.thinks).total_s
+    of_full = [option for option in found.options if option.config.sliding_window is None]
+    slowest = min(of_full, key=lambda option: option.thinks).total_s
     for number, option in enumerate(found.options, 1):
         chosen, best = option is found.chosen, option in found.front
         table.add_row(

@@ -44,7 +44,7 @@ def run(
       accelerate launch -m swaa_flex run --swaa fast -m lm_eval ...
     """
     if swaa is not None:
-        os.environ[RECIPE_VARIABLE] = Path(swaa).read_text() if swaa.endswith(".json") else swaa
+        _set_recipe(swaa)
     default_recipe()  # refuses what is no recipe before the program starts
     given = arguments or []
     sys.path.insert(0, os.getcwd() if module else str(Path(program).resolve().parent))  # as Python does
@@ -60,6 +60,14 @@ def run(
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(program, run_name="__main__")
+
+
+def _set_recipe(swaa: str) -> None:
+    try:
+        os.environ[RECIPE_VARIABLE] = Path(swaa).read_text() if swaa.endswith(".json") else swaa
+        default_recipe()
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"--swaa {swaa}: {str(error).removeprefix(f'{RECIPE_VARIABLE}: ')}") from error
 
 
 def _refuse_missing(module: str) -> None:

@@ -151,7 +151,8 @@ def final(answer: str, sample: Sample) -> str:
     said = after if closed else text.partition("<think>")[0]
     if not sample.reasoned:
         return said
-    *reasoning, last = _FINAL.split(said)
+    pattern = _FINAL_LINE if _FINAL_LINE.search(said) else _FINAL
+    *reasoning, last = pattern.split(said)
     return last if reasoning or closed else ""
 
 
@@ -163,7 +164,10 @@ def words(text: str) -> list[str]:
         ['paris', '1234.5', 'km', 'not', '-3']
     """
     text = _THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), text)
+    text = "".join(f" {char} " if unicodedata.category(char) == "No" else char for char in text)  # powers, fractions
     folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
+    for pattern, put in _SPELT:
+        folded = pattern.sub(put, folded)
     return _WORD.findall("".join(map(_spaced, folded)))
 
 
@@ -174,7 +178,15 @@ _JUDGES: dict[str, Judge] = {
     "token_f1": token_f1,
 }
 
-_FINAL = re.compile(r"\banswer(?:\s+is)?[\s*_]*:", re.IGNORECASE)
+_FINAL = re.compile(r"\banswer(?:\s+is)?[\s*_]*[:\uff1a]", re.IGNORECASE)
+_FINAL_LINE = re.compile(rf"^[\s*_#]*(?:the\s+)?(?:final\s+)?{_FINAL.pattern}", re.IGNORECASE | re.MULTILINE)
+# What belongs to a word or number, in the form that `_WORD` finds.
+_SPELT = (
+    (re.compile(r"(?<![\w.])\.(?=\d)"), "0."),
+    (re.compile(r"(?<!\S)-(\w{0,3}[$\u20ac\u00a3\u00a5])(?=\d)"), r"\1 -"),
+    (re.compile(r"(?<=[a-z])\+\+"), "plusplus"),
+    (re.compile(r"(?<=[a-z])#(?!\w)"), "sharp"),
+)
 # One separator throughout a number, between groups of three digits.
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}([,_'\u2019\u00a0\u2009\u202f])\d{3}(?:\1\d{3})*(?!\1?\d)")
 _WORD = re.compile(

@@ -126,6 +126,12 @@ class Needles(_Haystack):
         _check_count("keys", self.keys, most=100)
         _check_count("asked", self.asked, most=self.keys)
         _check_count("values", self.values, most=100)
+        words = self.keys * (1 + self.values)
+        if self.words and words > len(_WORDS):
+            raise ConfigError(
+                f"keys={self.keys} and values={self.values} as words: {words} words, and there are {len(_WORDS)}; "
+                "take fewer, or numbers"
+            )
 
     def _hidden(self, draw: random.Random) -> tuple[list[str], str, list[str]]:
         kind = "word" if self.words else "number"
@@ -254,8 +260,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _names(draw: random.Random, count: int) -> list[str]:
     """Names such as "amber-otter", each only once."""
-    names = [f"{adjective}-{noun}" for adjective in _ADJECTIVES.split() for noun in _NOUNS.split()]
-    return draw.sample(names, count)
+    return draw.sample(_WORDS, count)
 
 
 _ADJECTIVES = (
@@ -271,3 +276,4 @@ _NOUNS = (
     "planet pocket rabbit ribbon rocket saddle salmon shadow spider temple tiger tunnel turtle valley walnut "
     "walrus whistle window"
 )
+_WORDS = [f"{adjective}-{noun}" for adjective in _ADJECTIVES.split() for noun in _NOUNS.split()]

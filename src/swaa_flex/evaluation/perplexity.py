@@ -42,12 +42,12 @@ class Perplexity:
     def samples(self, tokenizer: Any, length: int | None, count: int, seed: int) -> list[Sample]:
         """See `Task`."""
         ids = list(tokenizer(texts.read(self.text), add_special_tokens=False, verbose=False).input_ids)
-        start = _start(tokenizer)
+        start = beginning(tokenizer)
         stretch = (length or 0) - len(start)
         if stretch <= self.scored:
             raise ConfigError(
                 f"{self.name}: length={length}, expected more than the {self.scored + len(start)} tokens that are "
-                "scored or begin a text; ask for more, or for fewer with scored="
+                "scored or begin a text; ask for more, or take a task with fewer scored tokens"
             )
         places = list(range(len(ids) // stretch))
         if not places:
@@ -64,7 +64,7 @@ def _sample(place: int, start: list[int], ids: list[int], prefix: int) -> Sample
     return Sample(id=str(place), prompt=(*start, *ids[:prefix]), continuations=(tuple(ids[prefix:]),))
 
 
-def _start(tokenizer: Any) -> list[int]:
+def beginning(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer puts before a text."""
     first = list(tokenizer("a").input_ids[:1])
     return first if first == [tokenizer.bos_token_id] else []

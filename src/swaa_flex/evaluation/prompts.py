@@ -56,6 +56,12 @@ def ask(tokenizer: Any, messages: Messages, style: str, template: Mapping[str, A
     return tuple(prompt_ids(tokenizer, messages, **template)), opening
 
 
+def thinks_always(tokenizer: Any) -> bool:
+    """Whether the chat template has the model think even if it is told not to."""
+    messages, template = prepared(tokenizer, [{"role": "user", "content": "Hello"}], "direct", {})
+    return bool(opened_thinking(tokenizer, messages, **template))
+
+
 def prepared(
     tokenizer: Any, messages: Messages, style: str, template: Mapping[str, Any]
 ) -> tuple[Messages, dict[str, Any]]:

@@ -11,7 +11,7 @@ from rich.text import Text
 from .statistics import Interval
 from .summary import Cell, Summary
 
-COLUMN = 24  # characters
+GAP = 2  # characters between columns
 
 
 def tables(summary: Summary, width: int) -> list[Table]:
@@ -24,9 +24,24 @@ def tables(summary: Summary, width: int) -> list[Table]:
         width: characters per line.
     """
     columns = list(dict.fromkeys((cell.task, cell.length) for cell in summary.cells))
-    names = max(12, *map(len, summary.configs))
-    at_once = max(1, (width - min(names, width // 3)) // COLUMN)
-    return [_table(summary, columns[first : first + at_once]) for first in range(0, len(columns), at_once)]
+    names = max(len("recipe"), *map(len, summary.configs))
+    parts: list[list[tuple[str, int | None]]] = [[]]
+    room = width - names
+    for column in columns:
+        taken = GAP + _width(summary, column)
+        if parts[-1] and taken > room:
+            parts.append([])
+            room = width - names
+        parts[-1].append(column)
+        room -= taken
+    return [_table(summary, part) for part in parts]
+
+
+def _width(summary: Summary, column: tuple[str, int | None]) -> int:
+    """Characters of the longest line of a column."""
+    cells = [cell for cell in summary.cells if (cell.task, cell.length) == column]
+    lines = [line for cell in cells for line in _text(cell).plain.splitlines()]
+    return max(map(len, [*lines, *_heading(cells[0]).plain.splitlines()]))
 
 
 def notes(summary: Summary) -> str:
@@ -85,28 +100,32 @@ def draw(summary: Summary, path: Path) -> None:
 
 def _table(summary: Summary, columns: list[tuple[str, int | None]]) -> Table:
     cells = {(cell.config, cell.task, cell.length): cell for cell in summary.cells}
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("recipe")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP, 0, 0))
+    table.add_column("recipe", no_wrap=True, min_width=max(map(len, summary.configs)))
     for task, length in columns:
         cell = next(cell for cell in summary.cells if (cell.task, cell.length) == (task, length))
-        below = ", ".join(part for part in (_length(length), f"n {cell.samples}") if part)
-        table.add_column(f"{task}\n{below}", no_wrap=True)
+        table.add_column(_heading(cell), no_wrap=True)
     for config in summary.configs:
         table.add_row(Text(config, style="bold"), *(_text(cells[config, *column]) for column in columns))
     return table
 
 
-def _text(cell: Cell) -> str:
+def _heading(cell: Cell) -> Text:
+    below = ", ".join(part for part in (_length(cell.length), f"n {cell.samples}") if part)
+    return Text(f"{cell.task}\n{below}")
+
+
+def _text(cell: Cell) -> Text:
     lines = [f"{_number(cell, cell.value)} {_interval(cell, cell.interval)}"]
     if cell.against_full is not None:
         found = cell.against_full
         lines.append(f"{_number(cell, found.difference, '+')} {_interval(cell, found.interval, '+')}")
         lines.append("p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}")
-    return "\n".join(lines)
+    return Text("\n".join(lines))
 
 
 def _interval(cell: Cell, interval: Interval, sign: str = "") -> str:
-    return rf"\[{_number(cell, interval.low, sign)}, {_number(cell, interval.high, sign)}]"
+    return f"[{_number(cell, interval.low, sign)}, {_number(cell, interval.high, sign)}]"
 
 
 def _number(cell: Cell, value: float, sign: str = "") -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
 from ..files import write_atomically
 from ..tuning.identity import hashed
 
@@ -48,9 +49,15 @@ class Results:
         """The results of all processes, by the key of the sample."""
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
-            for line in _complete(path.read_bytes()).splitlines():
-                result = json.loads(line)
-                found.setdefault(result["key"], result)
+            for number, line in enumerate(_complete(path.read_bytes()).splitlines(), 1):
+                try:
+                    result = json.loads(line)
+                    found.setdefault(result["key"], result)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ConfigError(
+                        f"{path}, line {number}: expected a result as JSON; delete the line, and its sample is "
+                        "computed again"
+                    ) from error
         return found
 
     def append(self, samples: Sequence[Sample], results: Sequence[Mapping[str, Any]]) -> None:

@@ -144,7 +144,9 @@ class _Measured(NamedTuple):
 
 
 def _summary(model: Any, seed: int, chosen: Mapping[str, SWAAConfig], measured: Sequence[_Measured]) -> Summary:
-    baseline = next((name for name, config in chosen.items() if config.sliding_window is None), None)
+    layers = model.config.get_text_config().num_hidden_layers
+    full = (name for name, config in chosen.items() if all(kind.full for kind in config.resolve(layers)))
+    baseline = next(full, None)
     found: list[Cell] = []
     for task, length, keys, stores in measured:
         stored = {config: store.read() for config, store in stores.items()}
@@ -186,6 +188,8 @@ def _checked(
     for length in lengths:
         if length is not None and not 1 <= length <= longest:
             raise ConfigError(f"length {length}: expected 1 to {longest} tokens, which is as long as the model goes")
+        if lengths.count(length) > 1:
+            raise ConfigError(f"length {length} is there {lengths.count(length)} times; expected different lengths")
     chosen = {name: recipes.coerce(config, text.model_type) for name, config in configs.items()}
     for config in chosen.values():
         config.resolve(text.num_hidden_layers)

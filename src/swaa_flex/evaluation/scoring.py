@@ -84,10 +84,13 @@ def continuation_log_probs(model: Any, samples: Sequence[Sample]) -> list[Tensor
     rows = [sample.prompt + sample.continuations[0] for sample in samples]
     longest = max(len(sample.continuations[0]) for sample in samples)
     input_ids, attention_mask = _left_padded(rows, model.device)
+    padded = {}
+    if not attention_mask.all():  # the model would count pads as positions, which matters where they are learned
+        padded = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
     with prompt([len(sample.prompt) for sample in samples]):
         logits = model(
             input_ids,
-            attention_mask=None if attention_mask.all() else attention_mask,
+            **padded,
             logits_to_keep=longest + 1,
             use_cache=False,
         ).logits[:, :-1]

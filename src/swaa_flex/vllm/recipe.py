@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Any
 
 from .. import recipes
 from ..config import SWAAConfig
 from ..errors import ConfigError, UnsupportedModelError
+from ..hf.config import RECIPE_VARIABLE, default_recipe
 from .rows import Rule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-VARIABLE = "SWAA_FLEX_RECIPE"
 WAYS = (
     """--additional-config '{"swaa": "balanced"}', """
-    f'the variable {VARIABLE}=balanced, or "swaa" in the config.json of the checkpoint'
+    f'the variable {RECIPE_VARIABLE}=balanced, or "swaa" in the config.json of the checkpoint'
 )
 
 
@@ -31,14 +30,12 @@ def recipe_of(vllm_config: VllmConfig) -> SWAAConfig:
     given: Any = None
     if isinstance(vllm_config.additional_config, dict):
         given = vllm_config.additional_config.get("swaa")
-    if given is None:
-        given = os.environ.get(VARIABLE) or None
+    if given is None and os.environ.get(RECIPE_VARIABLE):
+        given = default_recipe()
     if given is None:
         given = getattr(vllm_config.model_config.hf_config, "swaa", None) or getattr(text, "swaa", None)
     if given is None:
         raise ConfigError(f"the attention backend of swaa_flex has no recipe; give one by {WAYS}")
-    if isinstance(given, str) and given.lstrip().startswith("{"):
-        given = json.loads(given)
     return recipes.coerce(given, text.model_type)
 
 
