@@ -446,6 +446,13 @@ def test_configurations_are_compared_with_full_attention_sample_by_sample():
     assert without.against_full is None
 
 
+def test_bootstrap_of_few_samples_holds_the_truth_nearly_as_often_as_it_says():
+    values = torch.randn(200, 6, 1, generator=torch.Generator().manual_seed(0))
+    intervals = [statistics.bootstrap(v, lambda means: means[:, 0]) for v in values]
+    assert sum(low <= 0 <= high for low, high in intervals) >= 185  # plain percentiles: 177 of these 200
+    assert statistics.bootstrap(values[0][:1], lambda means: means[:, 0]) == (values[0][0], values[0][0])
+
+
 def test_fractions_have_bootstrap_intervals_and_permutation_tests():
     _, other = summary.cells("t", 16, {"full": verdicts(*[1] * 5), "other": verdicts(*[0.5] * 5)}, "full")
     assert other.interval == (0.5, 0.5)
