@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,7 +100,7 @@ def recommend(
     wanted = None if context is None else tokens.read("--context", context)
     measured_on = None if length is None else tokens.read("--length", length)
     given = None if windows is None else [tokens.read("--windows", window) for window in asked.names(windows)]
-    asked.tasks(tasks, {"text": text})  # what is wrong with them is said before a model is loaded
+    chosen_tasks = asked.tasks(tasks, {"text": text})
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     on_gpu = loaded.device.type == "cuda"
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 1 << 17
@@ -113,7 +113,7 @@ def recommend(
     given = given or [max(1, wanted // share) for share in (64, 16)]
     configs = _configs(loaded, tokenizer, text, given, wanted, measured_on)
     summaries = _evaluated(
-        loaded, tokenizer, configs, tasks, text, measured_on, context=wanted, count=samples, seed=seed,
+        loaded, tokenizer, configs, chosen_tasks, measured_on, context=wanted, count=samples, seed=seed,
         batch_size=batch_size, out=out,
     )  # fmt: skip
     is_measured = on_gpu if times == "auto" else times == "measured"
@@ -161,8 +161,7 @@ def _evaluated(
     model: Any,
     tokenizer: Any,
     configs: Mapping[str, SWAAConfig],
-    tasks: str,
-    text: Path | None,
+    tasks: Sequence[Any],
     length: int,
     *,
     context: int,
@@ -177,7 +176,7 @@ def _evaluated(
         del styles[True]
     summaries = {}
     for thinks, style in styles.items():
-        chosen = asked.tasks(tasks, {"text": text, "style": style})
+        chosen = [replace(task, style=style) if getattr(task, "style", style) != style else task for task in tasks]
         summaries[thinks] = evaluate(model, tokenizer, short, chosen, [length], **settings)
     return summaries
 

@@ -45,7 +45,8 @@ def run(
     """
     if swaa is not None:
         _set_recipe(swaa)
-    default_recipe()  # refuses what is no recipe before the program starts
+    else:
+        default_recipe()  # refuses what is no recipe before the program starts
     given = arguments or []
     sys.path.insert(0, os.getcwd() if module else str(Path(program).resolve().parent))  # as Python does
     if module:

@@ -104,7 +104,7 @@ def cut(
     computed = lengths - query_start.diff()
     edges = _edges(rule, computed, lengths, prompts)
     ends, has_rows = edges[:, 1:], edges.diff(dim=1) > 0
-    is_full = torch.tensor([True, False, True, False], device=edges.device)
+    is_full = torch.arange(STRETCHES, device=edges.device) % 2 == 0
     start = (query_start[:-1, None] + ends - computed[:, None]).flatten()
     start = torch.cat([query_start[:1], start]).int()
     near = torch.where(has_rows & ~is_full, ends, 0).flatten().int()
