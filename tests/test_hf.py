@@ -316,7 +316,7 @@ def test_a_layer_the_model_does_not_have_is_refused_when_the_configuration_is_se
         swaa_flex.adapt(model, "ballanced")
 
 
-@pytest.mark.parametrize("family", ["bloom", "gptj", "falcon"])
+@pytest.mark.parametrize("family", ["bloom", "mpt", "falcon"])
 def test_a_model_that_never_calls_the_interface_is_refused(family):
     size = {"vocab_size": 99, "hidden_size": 32, "n_embd": 32, "rotary_dim": 4, "pad_token_id": 0}
     size |= {"n_layer": 2, "n_head": 4} if family != "falcon" else {"num_hidden_layers": 2, "num_attention_heads": 4}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import LayerKind, SWAAConfig
 from ..hf import SWAACache, prompt
+from ..hf.cache import CACHE
 from .evaluated import evaluated
 
 
@@ -122,10 +123,10 @@ def _run(model: Any, ids: Tensor, tokens: int) -> Cost:
     cache = SWAACache(model.config)
     with prompt(ids.shape[1]):
         begun = _now(model.device)
-        token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        token = model(ids, **{CACHE: cache}, logits_to_keep=1).logits[:, -1:].argmax(-1)
         first = _now(model.device)
         for _ in range(tokens):
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            token = model(token, **{CACHE: cache}).logits[:, -1:].argmax(-1)
         done = _now(model.device)
     return Cost(first - begun, (done - first) / tokens, cache.memory()["total"])
 

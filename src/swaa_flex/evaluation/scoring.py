@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..hf.cache import CACHE
 from ..hf.prompt import prompt
 
 if TYPE_CHECKING:
@@ -108,8 +109,9 @@ def choice_log_probs(model: Any, sample: Sample) -> list[Tensor]:
         read = model(torch.tensor([sample.prompt], device=model.device), logits_to_keep=1, use_cache=True)
         logits = read.logits.expand(len(choices), -1, -1)
         if longest > 1:
-            read.past_key_values.batch_repeat_interleave(len(choices))
-            later = model(written[:, :-1], past_key_values=read.past_key_values)
+            cache = read[CACHE]
+            cache.batch_repeat_interleave(len(choices))
+            later = model(written[:, :-1], **{CACHE: cache})
             logits = torch.cat([logits, later.logits], 1)
     return [row[: len(choice)] for row, choice in zip(_log_probs(logits, written), choices, strict=True)]
 

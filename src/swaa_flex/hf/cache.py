@@ -7,6 +7,7 @@ left pads included; the attention mask of a layer learns from `Stored` which col
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+from transformers.masking_utils import create_causal_mask
 
 from ..errors import ConfigError
 from .cache_layers import Pads, SinksAndWindowLayer, StaticSinksAndWindowLayer
@@ -32,12 +34,16 @@ from .prompt import checked_lengths
 
 _RELEASING = (SinksAndWindowLayer, StaticSinksAndWindowLayer)
 
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""The keyword for a cache: transformers 5.24 has renamed it, in forwards, in `generate` and in outputs."""
+
 
 class SWAACache(Cache):
     """A key-value cache for a model under sliding-window attention.
 
-    Hand it to a forward or to `generate` as `past_key_values`. It grows with the sequence, or with `max_length` has a
-    fixed size, as compiled forwards need it. Models whose own layers slide keep transformers' layers for those.
+    Hand it to a forward or to `generate` as `past_key_values`, which transformers calls `cache` from 5.24 on. It grows
+    with the sequence, or with `max_length` has a fixed size, as compiled forwards need it. Models whose own layers
+    slide keep transformers' layers for those.
 
     A sliding-window layer without full-attention decode releases keys after every forward if the recipe has no
     dense tail, otherwise when decode rows arrive (the tail of a prompt sees the whole prompt). It then holds

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import MaskError
+from .cache import CACHE
 from .prompt import surrounding_prompt
 
 IGNORED = -100
@@ -99,7 +100,7 @@ def _told(labels: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         return given
     if lengths is not None:
         _refuse_longer(lengths, labels.shape[-1])
-    if given.get("past_key_values") is None:
+    if given.get(CACHE) is None and given.get("past_key_values") is None:
         # A cache has no use here, and transformers takes packed rows for one text where there is one.
         given = {"use_cache": False} | given
     if lengths is not None or given.get("decode_rows") is not None or surrounding_prompt().says_where:
