@@ -52,6 +52,19 @@ def test_every_length_gives_the_tokens_of_the_dense_reference(family, config):
         assert torch.equal(answer, greedy(model, config, inputs, 20)), length
 
 
+@pytest.mark.parametrize(("family", "config"), [("gemma3_text", RECIPES[1]), ("qwen3", RECIPES[2])], ids=repr)
+def test_a_compiled_prompt_sees_what_one_that_is_not_compiled_sees(family, config, nothing_compiled):
+    """Its attention is outside of the graph, with masks of its own; over one chunk and several, with pads."""
+    model = make(family, config, num_hidden_layers=2 if len(config.full_attention_layers) == 0 else 4)
+    compiled = swaa_flex.compile(model, max_length=600, batch_size=2, prefill_chunk=256, backend="eager")
+    compiled._initialise()
+    compiled._is_warm = True  # decode steps take long to trace
+    for length in (5, 300):
+        inputs = batch(length, min(13, length - 2))
+        logits = under_reference(model, config, lambda inputs=inputs: model(**inputs).logits[:, -1])
+        torch.testing.assert_close(compiled.prefill(**inputs), logits, atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_is_traced_after_the_warm_up(nothing_compiled):
     graphs = []
     model = make("llama", RECIPES[0], num_hidden_layers=2)

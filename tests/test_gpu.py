@@ -429,7 +429,7 @@ def test_compiled_model_never_compiles_again_and_equals_eager(family, config):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("config", CACHE_RECIPES, ids=repr)
 def test_compiled_prefill_in_half_precision(backend, config):
-    """In the kernels of large heads, over several chunks, with the masks built in the graph."""
+    """In the kernels of large heads, over several chunks."""
     model = tiny("llama", head_dim=128).to("cuda", torch.bfloat16)
     swaa_flex.adapt(model, dataclasses.replace(config, backend=backend))
     compiled = swaa_flex.compile(model, max_length=1300, batch_size=2, prefill_chunk=1024)

@@ -25,7 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from . import backends, chunked
-from .algebra import Mask, inlined
+from .algebra import Mask
 from .block_mask import BLOCK_SIZE, check_sizes
 from .errors import BackendUnavailableError, MaskError
 from .plan import FEW_ROWS, AttentionPlan, Segment, plan
@@ -201,7 +201,7 @@ def _call(
     if torch.compiler.is_compiling():
         return _flex_call(query, key, value, block_mask, scale, softcap, needs_lse, options)
     kind = (
-        inlined(segment.mask) if backend == "flash" else segment.mask.structure,
+        segment.compiled_for,
         backend,
         query.device,
         query.dtype,

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from . import backends, chunked
-from .algebra import Mask, has_single_number, only_integers, per_sequence, with_tensors, with_tensors_in_memory
+from .algebra import (
+    Mask,
+    has_single_number,
+    inlined,
+    only_integers,
+    per_sequence,
+    with_tensors,
+    with_tensors_in_memory,
+)
 from .block_mask import BLOCK_SIZE, check_sizes, laid_out_on, layout, list_width, moved, row_block_bounds
 from .intervals import Bounds
 from .masks import causal, offset
@@ -31,6 +41,11 @@ class Segment:
     block_mask: BlockMask | None  # None for the chunked backend, which has
     chunks: tuple[chunked.Chunk, ...]
     is_causal_end: bool = False  # full causal rows, the last of which sees all keys: kernels without masks do as well
+
+    @functools.cached_property
+    def compiled_for(self) -> Any:
+        """What of its mask a compiled kernel is made for."""
+        return inlined(self.mask) if self.backend == "flash" else self.mask.structure
 
 
 @dataclass(frozen=True, eq=False)

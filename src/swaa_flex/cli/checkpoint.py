@@ -43,7 +43,7 @@ def load(name: str) -> tuple[Any, Any]:
         source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        # transformers 5.17 to 5.23 draws the progress of reading a GGUF file past its own switch for such bars.
+        # transformers 5.17 to 5.24 draws the progress of reading a GGUF file past its own switch for such bars.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             model: Any = AutoModelForCausalLM.from_pretrained(**source, **options)
             tokenizer = AutoTokenizer.from_pretrained(**source)

@@ -12,6 +12,7 @@ from ..errors import UnsupportedModelError
 from ..kernels import attention
 from .cache import stored
 from .mask import ForwardMask
+from .prompt_attention import prompt_attention
 
 
 def attention_forward(
@@ -29,6 +30,7 @@ def attention_forward(
     position_ids: Tensor | None = None,
     position_bias: Tensor | None = None,
     output_attentions: bool | None = None,
+    outside_graph: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer; arguments and result as transformers' other attention functions.
@@ -48,6 +50,7 @@ def attention_forward(
         position_ids: `[batch, q_len]`, tells packed documents apart.
         position_bias: must be None.
         output_attentions: must be false.
+        outside_graph: whether a graph that is being traced leaves attention to `PromptChunk`.
         kwargs: not used.
 
     Returns:
@@ -77,23 +80,31 @@ def attention_forward(
             "swaa_flex makes its masks itself: pass attention_mask as [batch, len] (or not at all) instead of "
             f"{'a mask per pair' if attention_mask is not None else 'calling attention without a mask'}"
         )
-    source = stored(key, getattr(module, "layer_idx", None))
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise UnsupportedModelError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
+    source = stored(key, layer)
     mask = attention_mask.to(query.device)
     info = mask.prompt_info(prompt_lengths, decode_rows, source)
-    tensors = (query, key, value) if s_aux is None else (query, key, value, s_aux)
-    ready = mask.plan_for(
-        module,
-        query,
-        key,
-        value,
-        info=info,
-        source=source,
-        position_ids=position_ids,
-        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
-    )
-    result = attention(query, key, value, ready, scale=scaling, softcap=softcap, sink_logits=s_aux)
-    assert isinstance(result, Tensor)
+    if outside_graph:
+        out = prompt_attention(query, key, value, layer, scaling, softcap, s_aux)
+    else:
+        tensors = (query, key, value) if s_aux is None else (query, key, value, s_aux)
+        ready = mask.plan_for(
+            layer,
+            query,
+            key,
+            value,
+            info=info,
+            source=source,
+            position_ids=position_ids,
+            needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+            module=module,
+        )
+        result = attention(query, key, value, ready, scale=scaling, softcap=softcap, sink_logits=s_aux)
+        assert isinstance(result, Tensor)
+        out = result.transpose(1, 2).contiguous()
     if source is not None:
         mask.after_attention(source, key, value, info)
     mask.forget_if_last(module)
-    return result.transpose(1, 2).contiguous(), None
+    return out, None

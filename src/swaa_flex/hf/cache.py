@@ -157,6 +157,13 @@ class SWAACache(Cache):
         growing = len(self.layers) - sum(1 for ring in rings if not ring.hold_prompt)
         return token * growing, token * sum(ring.slots for ring in rings)
 
+    def stored_after(self, seen: Tensor, layer_idx: int) -> Stored:
+        """Which columns a layer's keys will belong to when several tokens come after `seen` columns (fixed size)."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, StaticSinksAndWindowLayer) and not layer.holding:
+            return Stored(self, layer, layer.sink_tokens, layer.start_of_window(seen))
+        return Stored(self, layer)
+
     def start(self, first: Tensor) -> None:
         """Begins sequences in an empty cache of fixed size, the way compiled forwards need it.
 

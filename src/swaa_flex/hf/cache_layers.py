@@ -189,13 +189,18 @@ class StaticSinksAndWindowLayer(StaticLayer):
             self.keys[batch, :, slot] = key_states[:, :, 0]
             self.values[batch, :, slot] = value_states[:, :, 0]
             return self.keys, self.values
-        start = (seen - (self.sliding_window - 1)).expand(key_states.shape[0])
-        self.layout = (self.sink_tokens, start, False)
+        self.layout = (self.sink_tokens, self.start_of_window(seen), False)
+        start = self.layout[1]
+        assert isinstance(start, Tensor)
         tail = self._slot_of(start[:, None] + torch.arange(self.sliding_window - 1, device=start.device))
         sinks = torch.arange(self.sink_tokens, device=tail.device).expand(tail.shape[0], -1)
         slots = torch.cat([sinks, tail], dim=1)
         keys, values = _take(self.keys, slots), _take(self.values, slots)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def start_of_window(self, seen: Tensor) -> Tensor:
+        """The first column in the window of the row after `seen` columns, `[batch]`."""
+        return (seen - (self.sliding_window - 1)).expand(self.first.shape[0])
 
     def _refuse_chunks(self, new: int) -> None:
         if not self.hold_prompt or torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, DoesNotFitError
-from .cache import SWAACache
+from .cache import CACHE, SWAACache
 from .fused_linear import check_projections, fuse_projections, in_compiled_model
+from .prompt_attention import PromptChunk
 
 BLOCK = 128
 FIRST_CHUNK_SHARE = 8  # the small size of the first chunk is this part of a whole one
@@ -100,6 +102,7 @@ class CompiledModel:
             backend = "inductor"
         if backend is not None:
             fuse_projections(model)
+        self._outside_graph = backend is not None
         self._prefill_chunk = _compiled(_prefill_chunk, backend)
         self._decode = _compiled(_decode, backend, options)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -271,7 +274,9 @@ class CompiledModel:
         logits = None
         for size in sizes:
             # Flattened, as a slice of one row counts as contiguous with any stride, and each would be compiled.
-            logits = self._prefill_chunk(self, ids[:, done : done + size].flatten().view(-1, size))
+            chunk = ids[:, done : done + size].flatten().view(-1, size)
+            with PromptChunk(self.model, self.cache, self.lengths, size) if self._outside_graph else nullcontext():
+                logits = self._prefill_chunk(self, chunk)
             done += size
         assert logits is not None
         self.cache.begin_decoding()
@@ -301,7 +306,7 @@ class CompiledModel:
         """A forward that is not compiled lets the cache learn the shapes of keys and values."""
         ids = torch.ones(self.batch_size, BLOCK, dtype=torch.long, device=self.device)
         self.cache.reset()  # an earlier warm-up may have been interrupted
-        self.model(ids, past_key_values=self.cache, prompt_lengths=BLOCK, logits_to_keep=1)
+        self.model(ids, **{CACHE: self.cache}, prompt_lengths=BLOCK, logits_to_keep=1)
         self.cache.begin_decoding()
 
     def _warm_decode(self) -> None:
@@ -353,6 +358,7 @@ def _prefill_chunk(compiled: CompiledModel, ids: Tensor) -> Tensor:
         input_ids=ids,
         position_ids=(columns - compiled.first[:, None]).clamp(min=0),
         prompt_lengths=compiled.lengths,
+        outside_graph=compiled._outside_graph,
         logits_to_keep=1,
     )
 
@@ -365,7 +371,7 @@ def _decode(compiled: CompiledModel) -> Tensor:
 def _last_logits(compiled: CompiledModel, **inputs: Any) -> Tensor:
     in_compiled_model[0] = True
     try:
-        out = compiled.model(past_key_values=compiled.cache, **inputs)
+        out = compiled.model(**{CACHE: compiled.cache}, **inputs)
     finally:
         in_compiled_model[0] = False
     return out.logits[:, -1]  # type: ignore[no-any-return]

@@ -36,7 +36,7 @@ class SWAAAttribute:
     """`config.swaa`: reads as a plain dict or None, takes a recipe name, a `SWAAConfig` or a dict.
 
     It is an attribute of the class `PreTrainedConfig` because `from_pretrained(..., swaa=...)` accepts exactly the
-    keywords that the config class has as attributes (transformers 5.17 to 5.23). The value lives in the instance,
+    keywords that the config class has as attributes (transformers 5.17 to 5.24). The value lives in the instance,
     so `save_pretrained` writes it. A composite config passes it on to the text model's.
     """
 

@@ -118,7 +118,7 @@ class ForwardMask(BlockMask):
     """The masks of one forward and mask type, as plans by kind of layer.
 
     A `BlockMask` by name only: transformers passes on masks that the caller prepared if they are tensors or
-    instances of it (transformers 5.17 to 5.23, masking_utils), and `generate` prepares them for static caches.
+    instances of it (transformers 5.17 to 5.24, masking_utils), and `generate` prepares them for static caches.
     """
 
     def __init__(
@@ -205,19 +205,20 @@ class ForwardMask(BlockMask):
 
     def plan_for(
         self,
-        module: nn.Module,
+        layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         info: PromptInfo,
         source: Stored | None,
-        position_ids: Tensor | None,
-        needs_grad: bool,
+        position_ids: Tensor | None = None,
+        needs_grad: bool = False,
+        module: nn.Module | None = None,
     ) -> AttentionPlan:
         """The plan for a layer, made at the first layer of its kind.
 
         Args:
-            module: the attention module, which says which layer it is.
+            layer: which one it is.
             query: `[batch, heads, q_len, head_dim]`.
             key: `[batch, kv_heads, kv_len, head_dim]`.
             value: likewise.
@@ -225,11 +226,9 @@ class ForwardMask(BlockMask):
             source: where in a `SWAACache` the keys come from, None if from elsewhere.
             position_ids: of this forward, for packed rows.
             needs_grad: whether the backward pass will run.
+            module: of the layer, to warn where nobody says where prompts end; None for no warning.
         """
         config = swaa_of(self.config)
-        layer = module.layer_idx
-        if not isinstance(layer, int):
-            raise UnsupportedModelError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
         kind = config.resolve(self.config.num_hidden_layers)[layer]
         variant = (kind, needs_grad)
         if variant not in self.plans:
@@ -377,7 +376,7 @@ class ForwardMask(BlockMask):
         tail: int,
         decode_is_full: bool,
         info: PromptInfo,
-        module: nn.Module,
+        module: nn.Module | None,
         stop: Tensor | None,
         documents: Tensor | None,
     ) -> tuple[Mask | None, Mask | None]:
@@ -407,7 +406,7 @@ class ForwardMask(BlockMask):
         if q_len == 1:
             # One new token: a decode row. (On an empty cache it sees itself either way.)
             return (None if decode_is_full else near), None
-        if module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if module is not None and module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warnings.warn(
                 "training without knowing where prompts end: all rows count as prompt. Pass prompt_lengths= or "
                 "decode_rows= to the forward, or call swaa_flex.adapt(model), which reads them from the labels",
@@ -415,7 +414,8 @@ class ForwardMask(BlockMask):
             )
         if tail == 0:
             return near, None
-        self._warn_of_chunks(module)
+        if module is not None:
+            self._warn_of_chunks(module)
         if stop is not None and self.ends is not None and self._padding()[1]:
             return near, rows_from(stop - tail)
         return near, rows_from(self.q_offset + q_len - tail)

@@ -1,0 +1,92 @@
+"""Attention of compiled prompts, outside of their graph.
+
+The graph of a prompt calls one opaque operator per layer. When it runs, attention is planned and called as in a
+forward that is not compiled: with kernels that a graph cannot hold (FLASH, whose captured tensors inductor frees too
+early in torch 2.11; Triton's with loads by TMA), one plan for all layers of a kind, and nothing to compile per layer.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+from ..kernels import attention
+from .cache import CACHE, SWAACache
+from .mask import ForwardMask
+
+
+class PromptChunk:
+    """What attention has to know while the graph of a chunk of prompts runs; a context manager around the graph.
+
+    Args:
+        model: that is compiled.
+        cache: of fixed size, before the chunk.
+        lengths: tokens of each prompt, `[batch]`.
+        size: tokens of the chunk, pads included.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: SWAACache, lengths: Tensor, size: int) -> None:
+        self.cache = cache
+        self.lengths = lengths
+        self.layer_types = getattr(model.config.get_text_config(), "layer_types", None)
+        # A model with several types of layers has a mask for each.
+        self.masks: ForwardMask | dict[str, ForwardMask] = create_masks_for_generate(
+            model.config,
+            torch.empty(len(lengths), size, 0, dtype=model.dtype, device=lengths.device),
+            None,
+            **{CACHE: cache},
+        )
+        seen: Any = cache.get_seq_length()
+        self.seen: Tensor = seen.clone()  # the graph moves the counter
+
+    def __enter__(self) -> PromptChunk:
+        _running.chunk = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _running.chunk = None
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, layer: int, **options: Any) -> Tensor:
+        """Attention of a layer, `[batch, q_len, heads, head_dim]`."""
+        mask = self.masks
+        if isinstance(mask, dict):
+            assert self.layer_types is not None
+            mask = mask[self.layer_types[layer]]
+        source = self.cache.stored_after(self.seen, layer)
+        info = mask.prompt_info(self.lengths, None, source)
+        plan = mask.plan_for(layer, query, key, value, info, source)
+        out = attention(query, key, value, plan, **options)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2).contiguous()
+
+
+class _Running(threading.local):
+    chunk: PromptChunk | None = None
+
+
+_running = _Running()
+
+
+@torch.library.custom_op("swaa_flex::prompt_attention", mutates_args=())
+def prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    scale: float | None,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attention of a layer in the `PromptChunk` that runs, `[batch, q_len, heads, head_dim]`."""
+    assert _running.chunk is not None
+    return _running.chunk.attention(query, key, value, layer, scale=scale, softcap=softcap, sink_logits=sink_logits)
+
+
+@prompt_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
