@@ -3,7 +3,8 @@
     python benchmarks/model.py [--quick] [--long] [--out docs/benchmarks]
 
 Weights are random: speed does not depend on them. "free" is a window of one key, so nearly no attention: what remains
-is the bound that Amdahl's law sets. `--long` adds half a million tokens, and a million on a smaller model.
+is the bound that Amdahl's law sets. The floor of a first token is that of "free", and the attention of each layer as
+fast as it is alone. `--long` adds half a million tokens, and a million on a smaller model.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import swaa_flex
 from swaa_flex import SWAACache, SWAAConfig
+from swaa_flex.masks import causal, sinks, window
 
 NEW = 512  # tokens of an answer
 RECIPES = decode.RECIPES | {
@@ -61,42 +63,60 @@ class Result:
     peak_gib: float | None = None
     total_s: float | None = None  # reckoned: prompts one after the other, then 512 tokens together
     warmup_s: float | None = None
+    floor_s: float | None = None  # of ttft_s
     note: str = ""
 
 
 def main() -> None:
     parser = runner.arguments(__doc__, resumes=True)
     parser.add_argument("--long", action="store_true", help="half a million tokens and a million too")
+    parser.add_argument("--methods", help="only these, by commas; with --resume the others are kept")
+    parser.add_argument("--recipes", help="only these, likewise")
     given = parser.parse_args()
     if given.quick:
         config = Config((512, 2048), decode.TINY, 512, 3)
     else:
         config = Config((32768, 131072), decode.QWEN3_4B, 8192)
     report = runner.Report(f"model_{runner.device()}", config, line, given.out, resume=given.resume)
-    jobs: list[Job] = [Job(config, method, "full") for method in ("sdpa eager", "flex eager")]
+    eager: list[Job | Kernel] = [Job(config, method, "full") for method in ("sdpa eager", "flex eager")]
+    eager += [Job(config, "swaa_flex eager", recipe) for recipe in ("full", "1/2 full", "1/4 full", "all SWA")]
+    eager.append(Kernel(config))
+    compiled: list[Job | Batch] = []
     for context in config.contexts:  # compiled for one length of prompt and cache
-        jobs.append(Job(dataclasses.replace(config, contexts=(context,)), "sdpa compiled", "full"))
-    jobs += [Job(config, "swaa_flex eager", recipe) for recipe in ("full", "1/2 full", "1/4 full", "all SWA")]
-    jobs += [Job(config, "swaa_flex compiled", recipe) for recipe in RECIPES]
-    jobs.append(
-        Job(dataclasses.replace(config, chunk=config.chunk // 4), "swaa_flex compiled, short chunks", "all SWA")
-    )
-    jobs += [Batch(config, recipe) for recipe in RECIPES if recipe != "1/4 full"]
+        compiled.append(Job(dataclasses.replace(config, contexts=(context,)), "sdpa compiled", "full"))
+    compiled += [Job(config, "swaa_flex compiled", recipe) for recipe in RECIPES]
+    short = dataclasses.replace(config, chunk=config.chunk // 4)
+    compiled.append(Job(short, "swaa_flex compiled, short chunks", "all SWA"))
+    compiled += [Batch(config, recipe) for recipe in RECIPES if recipe not in ("1/4 full", "free")]
     if given.long:
         longer = dataclasses.replace(config, contexts=(1 << 19,))
-        jobs += [Job(longer, "swaa_flex compiled", recipe) for recipe in ("1/4 full", "all SWA")]
+        compiled += [Job(longer, "swaa_flex compiled", recipe) for recipe in ("1/4 full", "all SWA")]
         million = dataclasses.replace(config, contexts=(1 << 20,), shape=SMALL)
-        jobs.append(Job(million, "swaa_flex compiled, 0.6B", "all SWA"))
-    runner.run(sorted(jobs, key=lambda job: -job.gib), report, processes=8, headroom_gib=0 if given.quick else 30)
-    report.results[:] = with_totals(report.results)
+        compiled.append(Job(million, "swaa_flex compiled, 0.6B", "all SWA"))
+    # A whole prompt at once takes tens of GiB while it is measured, chunks of it little.
+    for jobs, headroom in ((eager, 30), (compiled, 8)):
+        chosen = [
+            job
+            for job in sorted(jobs, key=lambda job: -job.gib)
+            if (not given.methods or job.method in given.methods.split(","))
+            and (not given.recipes or job.recipe in given.recipes.split(","))
+        ]
+        runner.run(chosen, report, processes=8, headroom_gib=0 if given.quick else headroom)
+    report.results[:] = with_totals(report.results, config.shape["num_hidden_layers"])
     report.close(table(report.results), plot)
 
 
-def with_totals(results: list[Result]) -> list[Result]:
+def with_totals(results: list[Result], layers: int) -> list[Result]:
     """Batches were only decoded: their prompts take the time of one prompt each."""
     prompts = {(r.recipe, r.context): r.ttft_s for r in results if r.method == "swaa_flex compiled"}
+    alone = {(r.recipe, r.context): r.ttft_s for r in results if r.method == Kernel.method}
     done = []
     for r in results:
+        parts = [prompts.get(("free", r.context)), *(alone.get((name, r.context)) for name in ("full", "all SWA"))]
+        if r.method.startswith("swaa_flex") and r.batch == 1 and r.recipe != "free" and None not in parts:
+            full = sum(kind.full for kind in RECIPES[r.recipe].resolve(layers))
+            free, one_full, one_window = parts
+            r = dataclasses.replace(r, floor_s=free + full * one_full + (layers - full) * one_window)
         first = r.ttft_s if r.ttft_s is not None else prompts.get((r.recipe, r.context))
         if first is not None and r.ms_per_token is not None:
             r = dataclasses.replace(r, total_s=r.batch * first + NEW * r.ms_per_token / 1e3)
@@ -183,6 +203,7 @@ class Batch:
 
     config: Config
     recipe: str
+    method: str = "swaa_flex compiled, batch"
 
     @property
     def context(self) -> int:
@@ -218,10 +239,52 @@ class Batch:
         tokens = torch.zeros(self.batch, dtype=torch.long, device=runner.device())
         ms = decode.timed(lambda: compiled.decode_step(tokens), decoding(self.config, self.batch))
         peak = torch.cuda.max_memory_allocated() / GIB if runner.device() == "cuda" else None
-        yield Result("swaa_flex compiled, batch", self.recipe, self.context, self.batch, None, ms, peak)
+        yield Result(self.method, self.recipe, self.context, self.batch, None, ms, peak)
 
     def failed(self, note: str) -> Iterator[Result]:
-        yield Result("swaa_flex compiled, batch", self.recipe, self.context, self.batch, note=note)
+        yield Result(self.method, self.recipe, self.context, self.batch, note=note)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Attention of one layer alone, full and with a window: what the model's prompts are held against."""
+
+    config: Config
+    method: str = "attention of one layer"
+    recipe: str = ""
+
+    @property
+    def gib(self) -> float:
+        return 8
+
+    def prepare(self) -> Callable[[], Iterator[Result]]:
+        self.milliseconds("full", 1024)
+        self.milliseconds("all SWA", 8192)
+        return self.measure
+
+    def measure(self) -> Iterator[Result]:
+        for context in self.config.contexts:
+            for recipe in ("full", "all SWA"):
+                yield Result(self.method, recipe, context, 1, self.milliseconds(recipe, context) / 1e3)
+
+    @torch.no_grad()
+    def milliseconds(self, recipe: str, context: int) -> float:
+        shape, dtype = self.config.shape, torch.bfloat16 if runner.device() == "cuda" else torch.float32
+        query, key, value = (
+            torch.randn(
+                1, shape[f"num_{heads}_heads"], context, shape["head_dim"], device=runner.device(), dtype=dtype
+            )
+            for heads in ("attention", "key_value", "key_value")
+        )
+        near = RECIPES["all SWA"]
+        mask = causal() if recipe == "full" else causal() & (window(near.sliding_window) | sinks(near.sink_tokens))
+        plan = swaa_flex.plan(mask, context, context, batch=1, device=query.device, head_dim=shape["head_dim"])
+        return runner.milliseconds(lambda: swaa_flex.attention(query, key, value, plan), seconds=1)
+
+    def failed(self, note: str) -> Iterator[Result]:
+        for context in self.config.contexts:
+            for recipe in ("full", "all SWA"):
+                yield Result(self.method, recipe, context, 1, note=note)
 
 
 def make_model(config: Config, method: str, recipe: str) -> PreTrainedModel:
@@ -309,18 +372,23 @@ def line(r: Result) -> str:
         return f"{name} {r.note}"
     first = "" if r.ttft_s is None else f"first token {r.ttft_s:7.3f} s"
     peak = "" if r.peak_gib is None else f"peak {r.peak_gib:6.1f} GiB"
-    return f"{name} {first} {r.ms_per_token:8.2f} ms/token {peak} (warm-up {r.warmup_s or 0:.0f} s)"
+    rest = "" if r.ms_per_token is None else f"{r.ms_per_token:8.2f} ms/token {peak} (warm-up {r.warmup_s or 0:.0f} s)"
+    return f"{name} {first} {rest}"
 
 
 def table(results: list[Result]) -> Table:
-    names = ("tokens", "batch", "method", "recipe", "first token s", "ms per token", "peak GiB")
-    view = Table(*names, f"with {NEW} tokens s", "x our full", "x stock, batch 1", "paper")
+    view = Table("tokens", "batch", "method", "recipe")
+    for name in ("first token s", "x floor", "x stock", "ms per token", "peak GiB", f"with {NEW} tokens s"):
+        view.add_column(name, justify="right")
+    for name in ("x our full", "x stock, batch 1", "paper"):
+        view.add_column(name, justify="right")
     for r in results:
         cells = (f"{r.context:,}", str(r.batch), r.method, r.recipe)
         if r.note:
             view.add_row(*cells, r.note[:30])
             continue
-        values = (shown(r.ttft_s, 3), shown(r.ms_per_token, 2), shown(r.peak_gib, 1), shown(r.total_s, 2))
+        first = (shown(r.ttft_s, 3), shown(over(r.ttft_s, r.floor_s), 2), shown(sooner(r, results), 2))
+        values = (*first, shown(r.ms_per_token, 2), shown(r.peak_gib, 1), shown(r.total_s, 2))
         paper = shown(PAPER.get(r.recipe) if r.context == 131072 else None, 2)
         view.add_row(*cells, *values, shown(ratio(r, results), 2), shown(to_stock(r, results), 2), paper)
     return view
@@ -328,6 +396,16 @@ def table(results: list[Result]) -> Table:
 
 def shown(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def over(value: float | None, floor: float | None) -> float | None:
+    return None if value is None or floor is None else value / floor
+
+
+def sooner(r: Result, results: list[Result]) -> float | None:
+    """How many times sooner the first token comes than in transformers with eager sdpa."""
+    stock = next((x.ttft_s for x in results if (x.method, x.context) == ("sdpa eager", r.context)), None)
+    return None if r.method == Kernel.method else over(stock, r.ttft_s)
 
 
 def ratio(r: Result, results: list[Result]) -> float | None:

@@ -4,7 +4,7 @@
 
 A Qwen3 shape of 1.7 B parameters with random weights, recipe of all SWA and of half the layers full. Each number of
 processes is one `torchrun`; all of them load the same weights from disk. Tokens are compared in float32 on a short
-prompt, times are taken in bfloat16.
+prompt and four layers, times are taken in bfloat16.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import swaa_flex
 from swaa_flex import SWAACache
 
 SHAPE = decode.QWEN3_4B | {
@@ -66,14 +67,8 @@ def main() -> None:
         return
     report = runner.Report(f"tensor_parallel_{runner.device()}", config, line, given.out)
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        with torch.device(runner.device()):
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model("qwen3", **config.shape), dtype=torch.float32
-            )
-        model.save_pretrained(folder)
-        del model
-        torch.cuda.empty_cache()
+        save(config.shape | {"num_hidden_layers": 4}, torch.float32, f"{folder}/exact")
+        save(config.shape, torch.bfloat16 if runner.device() == "cuda" else torch.float32, f"{folder}/whole")
         answers: dict[str, Any] = {}
         for processes in config.processes:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -87,6 +82,15 @@ def main() -> None:
     report.close(table(report.results))
 
 
+def save(shape: dict[str, Any], dtype: torch.dtype, folder: str) -> None:
+    torch.manual_seed(0)
+    with torch.device(runner.device()):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **shape), dtype=dtype)
+    model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+
+
 @torch.no_grad()
 def worker(config: Config, folder: Path) -> None:
     from transformers.distributed import DistributedConfig
@@ -94,21 +98,21 @@ def worker(config: Config, folder: Path) -> None:
     processes = int(os.environ["WORLD_SIZE"])
     # One process needs no sharding, but the same way of loading.
     sharded = {"distributed_config": DistributedConfig(tp_plan="auto")} if processes > 1 else {}
-    half = torch.bfloat16 if runner.device() == "cuda" else torch.float32
     tokens, times = {}, []
-    for recipe in RECIPES:
-        for dtype in dict.fromkeys((torch.float32, half)):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="swaa_flex", swaa=decode.RECIPES[recipe], **sharded
-            )
-            if processes == 1:
-                model = model.to(runner.device())
-            if dtype == torch.float32:
+    for name in ("exact", "whole"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / name, dtype="auto", attn_implementation="swaa_flex", **sharded
+        )
+        if processes == 1:
+            model = model.to(runner.device())
+        for recipe in RECIPES:
+            swaa_flex.adapt(model, decode.RECIPES[recipe])
+            if name == "exact":
                 tokens[recipe] = answer(model, config)
-            if dtype == half:
+            else:
                 times += [(recipe, length, seconds(model, length)) for length in config.lengths]
-            del model
-            torch.cuda.empty_cache()
+        del model
+        torch.cuda.empty_cache()
     if int(os.environ["RANK"]) == 0:
         runner.write(folder / f"{processes}.json", json.dumps({"tokens": tokens, "times": times}))
     if torch.distributed.is_initialized():
