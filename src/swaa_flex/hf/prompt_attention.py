@@ -44,6 +44,8 @@ class PromptChunk:
         seen: Any = cache.get_seq_length()
         self.seen: Tensor = seen.clone()  # the graph moves the counter
 
+        self.dispatch = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
     def __enter__(self) -> PromptChunk:
         _running.chunk = self
         return self
@@ -60,7 +62,10 @@ class PromptChunk:
         source = self.cache.stored_after(self.seen, layer)
         info = mask.prompt_info(self.lengths, None, source)
         plan = mask.plan_for(layer, query, key, value, info, source)
-        out = attention(query, key, value, plan, **options)
+        # A graph runs for the first time with other dispatch keys than later, for which torch.compile would make
+        # every kernel twice (torch 2.11 to 2.13).
+        with torch._C._ForceDispatchKeyGuard(*self.dispatch):
+            out = attention(query, key, value, plan, **options)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2).contiguous()
 
