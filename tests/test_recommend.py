@@ -15,6 +15,7 @@ from swaa_flex import ConfigError, SWAAConfig
 from swaa_flex.analysis.cost import Cost, Rates, estimate, measure, visible_pairs
 from swaa_flex.analysis.recommend import FULL, Option, Quality, able, candidates, choose, qualities, shrunk
 from swaa_flex.cli import app
+from swaa_flex.evaluation import questions
 from swaa_flex.evaluation.statistics import Interval
 from swaa_flex.evaluation.summary import Cell, Summary
 
@@ -188,7 +189,8 @@ def test_tasks_and_windows_are_lists_as_in_eval(folder, tmp_path):
     assert done.exit_code == 0, done.output
 
 
-def test_a_model_that_always_thinks_is_measured_thinking(folder, tmp_path):
+def test_a_model_that_always_thinks_is_measured_thinking(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(questions.NEW_TOKENS, "cot", 16)  # a thousand would take minutes
     thinks = AutoTokenizer.from_pretrained(folder)
     thinks.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}<think>"
     thinks.save_pretrained(tmp_path / "model")

@@ -17,6 +17,9 @@ from .judges import name_of, substring, words
 from .prompts import Messages, ask, check, prepared
 from .sample import Judge, Sample
 
+NEW_TOKENS = {"direct": 64, "cot": 1024}
+"""That an answer may have, by style, unless told otherwise."""
+
 
 @dataclass(kw_only=True)
 class _FromFile(ABC):
@@ -111,7 +114,7 @@ class Questions(_FromFile):
             id=str(row.row),
             prompt=ids,
             answers=(row.answer or "",),
-            new_tokens=self.new_tokens or (64 if self.style == "direct" else 1024),
+            new_tokens=self.new_tokens or NEW_TOKENS[self.style],
             question=row.question or "",
             opening=opening,
             reasoned=self.style == "cot",
