@@ -70,7 +70,7 @@ class Result:
 def main() -> None:
     parser = runner.arguments(__doc__, resumes=True)
     parser.add_argument("--long", action="store_true", help="half a million tokens and a million too")
-    parser.add_argument("--methods", help="only these, by commas; with --resume the others are kept")
+    parser.add_argument("--methods", help="only these, by semicolons; with --resume the others are kept")
     parser.add_argument("--recipes", help="only these, likewise")
     given = parser.parse_args()
     if given.quick:
@@ -78,30 +78,29 @@ def main() -> None:
     else:
         config = Config((32768, 131072), decode.QWEN3_4B, 8192)
     report = runner.Report(f"model_{runner.device()}", config, line, given.out, resume=given.resume)
-    eager: list[Job | Kernel] = [Job(config, method, "full") for method in ("sdpa eager", "flex eager")]
-    eager += [Job(config, "swaa_flex eager", recipe) for recipe in ("full", "1/2 full", "1/4 full", "all SWA")]
-    eager.append(Kernel(config))
-    compiled: list[Job | Batch] = []
-    for context in config.contexts:  # compiled for one length of prompt and cache
-        compiled.append(Job(dataclasses.replace(config, contexts=(context,)), "sdpa compiled", "full"))
-    compiled += [Job(config, "swaa_flex compiled", recipe) for recipe in RECIPES]
+    main: list[Job | Batch | Kernel] = [Job(config, method, "full") for method in ("sdpa eager", "flex eager")]
+    main += [Job(config, "swaa_flex eager", recipe) for recipe in ("full", "1/2 full", "1/4 full", "all SWA")]
+    main += [Job(config, "swaa_flex compiled", recipe) for recipe in RECIPES]
     short = dataclasses.replace(config, chunk=config.chunk // 4)
-    compiled.append(Job(short, "swaa_flex compiled, short chunks", "all SWA"))
-    compiled += [Batch(config, recipe) for recipe in RECIPES if recipe not in ("1/4 full", "free")]
+    main += [Job(short, "swaa_flex compiled, short chunks", "all SWA"), Kernel(config)]
+    batches: list[Job | Batch | Kernel] = [Batch(config, r) for r in RECIPES if r not in ("1/4 full", "free")]
+    others: list[Job | Batch | Kernel] = []
+    for context in config.contexts:  # compiled for one length of prompt and cache
+        others.append(Job(dataclasses.replace(config, contexts=(context,)), "sdpa compiled", "full"))
     if given.long:
         longer = dataclasses.replace(config, contexts=(1 << 19,))
-        compiled += [Job(longer, "swaa_flex compiled", recipe) for recipe in ("1/4 full", "all SWA")]
+        others += [Job(longer, "swaa_flex compiled", recipe) for recipe in ("1/4 full", "all SWA")]
         million = dataclasses.replace(config, contexts=(1 << 20,), shape=SMALL)
-        compiled.append(Job(million, "swaa_flex compiled, 0.6B", "all SWA"))
-    # A whole prompt at once takes tens of GiB while it is measured, chunks of it little.
-    for jobs, headroom in ((eager, 30), (compiled, 8)):
+        others.append(Job(million, "swaa_flex compiled, 0.6B", "all SWA"))
+    # What jobs take only while they are measured: a whole prompt at once, stock's mask of 32 GiB.
+    for jobs, headroom in ((main, 28), (batches, 8), (others, 40)):
         chosen = [
             job
             for job in sorted(jobs, key=lambda job: -job.gib)
-            if (not given.methods or job.method in given.methods.split(","))
-            and (not given.recipes or job.recipe in given.recipes.split(","))
+            if (not given.methods or job.method in given.methods.split(";"))
+            and (not given.recipes or job.recipe in given.recipes.split(";"))
         ]
-        runner.run(chosen, report, processes=8, headroom_gib=0 if given.quick else headroom)
+        runner.run(chosen, report, processes=10, headroom_gib=0 if given.quick else headroom)
     report.results[:] = with_totals(report.results, config.shape["num_hidden_layers"])
     report.close(table(report.results), plot)
 
@@ -137,6 +136,8 @@ class Job:
 
     @functools.cached_property
     def gib(self) -> float:
+        if self.method.endswith("eager"):  # its cache comes and goes with a request
+            return decode.weight_bytes(decoding(self.config)) / GIB + 2
         return held_gib(self.config, self.recipe, max(self.config.contexts), 1)
 
     @torch.no_grad()

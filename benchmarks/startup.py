@@ -3,6 +3,7 @@
     python benchmarks/startup.py [--quick] [--out docs/benchmarks]
 
 Two processes, each with an empty folder for torch.compile: the first saves its compile cache, the second loads it.
+Kernels of flash-attn-4, where that is installed, are in a folder of their own that the second process finds.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def main() -> None:
             environment = os.environ | {
                 "TORCHINDUCTOR_CACHE_DIR": f"{folder}/{process}",
                 "TRITON_CACHE_DIR": f"{folder}/{process}/triton",
+                "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+                "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": f"{folder}/flash",
             }
             quick = ["--quick"] * given.quick
             done = subprocess.run([*command, *quick], env=environment, stdout=subprocess.PIPE, text=True, check=True)

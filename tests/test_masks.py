@@ -18,6 +18,7 @@ from swaa_flex.masks import (
     everything,
     from_mask_mod,
     heads,
+    in_sequences,
     kv_positions,
     left_padded,
     offset,
@@ -46,8 +47,16 @@ def test_a_mask_with_offsets_per_sequence_sees_the_same(data, length):
     assert "tensor0" not in str(changed.structure)
 
 
-def test_one_sequence_gets_tensors_of_two_entries():
-    mask = offset(left_padded(causal(), torch.tensor([[0, 0, 1, 1, 1]])), q=torch.tensor(0))
+FIRST = torch.tensor([2])
+
+
+@pytest.mark.parametrize(
+    "padded",
+    [left_padded(causal(), torch.tensor([[0, 0, 1, 1, 1]])), in_sequences(causal(), FIRST, FIRST + 3)],
+    ids=["attention mask", "first column"],
+)
+def test_one_sequence_gets_tensors_of_two_entries(padded):
+    mask = offset(padded, q=torch.tensor(0))
     assert has_single_number(mask)
     changed = per_sequence(mask, 1, torch.device("cpu"))
     assert not has_single_number(changed)

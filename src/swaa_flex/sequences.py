@@ -145,7 +145,7 @@ class Packed(Mask):
 class Padded(Mask):
     """See `masks.left_padded`."""
 
-    _per_sequence = ("first", "stop")
+    _per_sequence = ("source", "first", "stop")  # the source may be the first column itself
     mask: Mask
     source: Tensor
     first: Tensor = field(compare=False)
