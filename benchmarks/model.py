@@ -390,7 +390,7 @@ def table(results: list[Result]) -> Table:
             continue
         first = (shown(r.ttft_s, 3), shown(over(r.ttft_s, r.floor_s), 2), shown(sooner(r, results), 2))
         values = (*first, shown(r.ms_per_token, 2), shown(r.peak_gib, 1), shown(r.total_s, 2))
-        paper = shown(PAPER.get(r.recipe) if r.context == 131072 else None, 2)
+        paper = shown(PAPER.get(r.recipe) if r.context == 131072 and r.method != Kernel.method else None, 2)
         view.add_row(*cells, *values, shown(ratio(r, results), 2), shown(to_stock(r, results), 2), paper)
     return view
 

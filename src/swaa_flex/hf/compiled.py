@@ -29,7 +29,7 @@ def compile(
     *,
     max_length: int,
     batch_size: int = 1,
-    prefill_chunk: int = 2048,
+    prefill_chunk: int = 8192,
     options: dict[str, Any] | None = None,
     backend: str | Callable[..., Any] | None = None,
 ) -> CompiledModel:
@@ -39,7 +39,8 @@ def compile(
         model: a model with `attn_implementation="swaa_flex"`.
         max_length: the most tokens of a request, prompt and answer together.
         batch_size: sequences that are decoded together; a request may have fewer.
-        prefill_chunk: tokens of a prompt that are computed at once; a multiple of 128.
+        prefill_chunk: tokens of a prompt that are computed at once; a multiple of 128. Planning takes the host some
+            milliseconds a chunk, so that short chunks make a GPU wait (benchmarks/model.py).
         options: of `torch.compile` for the decode step.
         backend: of `torch.compile`; None: "inductor" on a GPU, no compilation on a CPU, where it takes minutes.
 
