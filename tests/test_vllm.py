@@ -12,12 +12,12 @@ import torch
 from swaa_flex import ConfigError, SWAAConfig, UnsupportedModelError
 from swaa_flex.hf.config import RECIPE_VARIABLE
 from swaa_flex.vllm.recipe import check_layer, recipe_of, rules_of
-from swaa_flex.vllm.rows import Rule, attend, cut, cut_decode, have_sliding
+from swaa_flex.vllm.rows import Rule, attend, cut, cut_decode, have_sliding, in_tail
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 8, 16
 WINDOW, SINKS = 24, 5
 RULES = [Rule(WINDOW, SINKS, tail, dense) for tail in (0, 7) for dense in (False, True)]
-RULES += [Rule(WINDOW, 0, 0, False), Rule(1, 3, 2, True)]
+RULES += [Rule(WINDOW, 0, 0, False), Rule(WINDOW, 0, 3, False), Rule(1, 3, 2, True)]
 
 
 def paged_attention(query, cache, start, keys, block_table, causal, window, scale=1.0):
@@ -115,20 +115,32 @@ def test_chunks_of_any_size_give_the_same_rows(rule):
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.dense_decode], ids=repr)
-def test_steps_of_single_tokens_that_slide(rule):
+@pytest.mark.parametrize("ends", [0, 1, 3, 9])
+def test_steps_of_single_tokens_that_slide(rule, ends):
+    """Rows of answers and, if a prompt ends only so many tokens later, rows of prompts."""
     server, sinks = Server([1, 20, 40, 80], 110), torch.zeros(4, dtype=torch.int32)
     for lengths in ([3, 22, 41, 110], [WINDOW, WINDOW + 1, WINDOW + SINKS, WINDOW + SINKS + 1], [5, 60, 90, 0]):
         lengths_ = torch.tensor(lengths)
         computed = (lengths_ - 1).clamp(min=0).tolist()
-        server.prompts = torch.tensor(computed)
+        server.prompts = torch.tensor(computed) + ends
         start = torch.arange(5).int()  # the last request of the third step only pads the batch
-        stretches = cut_decode(rule, start, lengths_, server.block_table, sinks, max_keys=110)
+        dense = in_tail(rule, lengths_, server.prompts) if ends and rule.dense_tail else None
+        stretches = cut_decode(rule, start, lengths_, server.block_table, sinks, max_keys=110, dense=dense)
         query = torch.stack([q[c] for q, c in zip(server.query, computed, strict=True)])
         out = torch.empty_like(query)
         attend(rule, stretches, server.kernel(query), merge, out)
         real = [i for i, n in enumerate(lengths) if n]
         expected = torch.cat([server.expected(rule, i, computed[i], lengths[i]) for i in real])
         torch.testing.assert_close(out[real], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_never_says_that_each_stretch_has_one_row():
+    """FlashAttention-2 would believe it, and stretches may be empty."""
+    start = torch.arange(3).int()
+    tokens = {"lengths": torch.tensor([40, 50]), "prompts": torch.tensor([40, 60])}
+    table = torch.zeros(2, 4, dtype=torch.int32)
+    stretches = cut(RULES[1], start, **tokens, block_table=table, rows=2, max_rows=1, max_keys=50)
+    assert len(stretches.full) > 2 and stretches.max_rows > 1
 
 
 def test_steps_in_which_nothing_slides_are_known_before():
@@ -152,14 +164,24 @@ def test_steps_in_which_nothing_slides_are_known_before():
 
 def vllm_config(swaa=None, saved=None, layers=4, **changed):
     text = SimpleNamespace(num_hidden_layers=layers, model_type="qwen3", **({"swaa": saved} if saved else {}))
-    fields = {"prefix_caching": False, "speculative": None, "embeds": False, "context_parallel": 1} | changed
+    fields = {"prefix_caching": False, "transfer": None, "speculative": None, "embeds": False, "runner": "generate"}
+    fields |= {"context_parallel": 1, "halves": False} | changed
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=text, hf_text_config=text, enable_prompt_embeds=fields["embeds"]),
+        model_config=SimpleNamespace(
+            hf_config=text, hf_text_config=text, enable_prompt_embeds=fields["embeds"], runner_type=fields["runner"]
+        ),
         additional_config={} if swaa is None else {"swaa": swaa},
         cache_config=SimpleNamespace(enable_prefix_caching=fields["prefix_caching"]),
+        kv_transfer_config=fields["transfer"],
         speculative_config=fields["speculative"],
-        parallel_config=SimpleNamespace(decode_context_parallel_size=fields["context_parallel"]),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=fields["context_parallel"], use_ubatching=fields["halves"]
+        ),
     )
+
+
+def speculative(backend=None):
+    return SimpleNamespace(attention_backend=backend and SimpleNamespace(name=backend))
 
 
 def test_the_recipe_is_what_the_user_says_else_what_the_checkpoint_holds(monkeypatch):
@@ -186,8 +208,12 @@ def test_layers_have_the_rules_of_the_recipe():
         (vllm_config({"full_attention_layers": [7]}), "layer 7 of 4 does not exist"),
         (vllm_config("balanced", prefix_caching=True), "start vLLM with --no-enable-prefix-caching"),
         (vllm_config("throughput", prefix_caching=True), "prefix caching"),
-        (vllm_config("balanced", speculative=object()), "take dense_tail=0"),
+        (vllm_config("paper", transfer=object()), "kv_transfer_config"),
+        (vllm_config("balanced", speculative=speculative()), "take dense_tail=0"),
+        (vllm_config("paper", speculative=speculative("CUSTOM")), "in the speculative_config"),
+        (vllm_config("throughput", runner="pooling"), "a model that pools with dense_tail"),
         (vllm_config("balanced", embeds=True), "enable_prompt_embeds"),
+        (vllm_config("balanced", halves=True), "enable_dbo"),
         (vllm_config("balanced", context_parallel=2), "decode_context_parallel_size"),
     ],
 )
@@ -197,9 +223,15 @@ def test_what_cannot_be_served_is_refused_in_one_line(config, message):
     assert "\n" not in str(error.value)
 
 
-def test_naive_windows_and_full_attention_keep_prefix_caching():
-    assert rules_of(vllm_config("naive", prefix_caching=True))[0] == Rule(2048, 0, 0, False)
-    assert rules_of(vllm_config("full", prefix_caching=True))[0] is None
+def test_naive_windows_and_full_attention_keep_what_shares_pages():
+    shared = {"prefix_caching": True, "transfer": object()}
+    assert rules_of(vllm_config("naive", **shared))[0] == Rule(2048, 0, 0, False)
+    assert rules_of(vllm_config("full", **shared))[0] is None
+
+
+def test_drafts_need_another_backend_and_pooling_no_tail():
+    drafts = {"speculative": speculative("FLASH_ATTN"), "runner": "pooling"}
+    assert rules_of(vllm_config("paper", **drafts))[0] == Rule(2000, 100, 0, True)
 
 
 def test_layers_with_windows_or_biases_of_their_own():

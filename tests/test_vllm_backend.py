@@ -5,13 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_vllm import HEAD_DIM, HEADS, KV_HEADS, PAGE, Server, merge, paged_attention, vllm_config
+from test_vllm import HEAD_DIM, HEADS, KV_HEADS, PAGE, Server, merge, paged_attention, speculative, vllm_config
 
+from swaa_flex import BackendUnavailableError, UnsupportedModelError
 from swaa_flex.vllm.rows import Rule
 
 pytest.importorskip("vllm", reason="needs the package vllm: pip install '.[vllm]'")
 flash_attn = pytest.importorskip("vllm.v1.attention.backends.flash_attn")
 
+from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends import fa_utils  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
@@ -38,12 +40,11 @@ def backend(monkeypatch):
 
     monkeypatch.setattr(backend, "flash_attn_varlen_func", varlen)
     monkeypatch.setattr(backend, "merge_attn_states", merge)
-    monkeypatch.setattr(backend.PromptLengths, "_current", None)
     return backend
 
 
-def configured(recipe, requests=4):
-    config = vllm_config(recipe)
+def configured(recipe, requests=4, **changed):
+    config = vllm_config(recipe, **changed)
     config.model_config.get_num_attention_heads = lambda _: HEADS
     config.model_config.get_num_kv_heads = lambda _: KV_HEADS
     config.model_config.get_head_size = lambda: HEAD_DIM
@@ -86,8 +87,9 @@ RULES = {0: Rule(24, 5, 7, False), 1: Rule(1000, 0, 0, True), 2: Rule(24, 5, 7, 
 
 @pytest.mark.parametrize("told", [True, False])
 def test_every_layer_of_a_step_sees_what_the_recipe_says(backend, monkeypatch, told):
-    tail = 7 if told else 0  # without logits processors nobody tells where prompts end
-    config = configured(RECIPE | {"dense_tail": tail})
+    tail = 7 if told else 0  # with speculative decoding nobody tells where prompts end
+    config = configured(RECIPE | {"dense_tail": tail}, speculative=None if told else speculative())
+    lengths = backend.PromptLengths(config, torch.device("cpu"), False) if told else None
     monkeypatch.setattr(backend, "get_current_vllm_config", lambda: config)
     names = [f"model.layers.{i}.self_attn.attn" for i in range(3)]
     spec = SimpleNamespace(dtype=torch.float32, block_size=PAGE)
@@ -95,15 +97,18 @@ def test_every_layer_of_a_step_sees_what_the_recipe_says(backend, monkeypatch, t
     implementation = backend.Attention(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, None, "auto")
     scales = {f"_{name}_scale": torch.ones(1) for name in "qkv"}
     draw = random.Random(0)
-    for seed in range(8):
+    for seed in range(12):
         prompts = [draw.randrange(1, 90) for _ in range(4)]
         server = Server(prompts, 110, seed)
         if told:
-            lengths = backend.PromptLengths(config, torch.device("cpu"), False)
             added = [(row, None, [0] * prompt, []) for row, prompt in enumerate(prompts)]
             lengths.update_state(BatchUpdate(4, [], added, []))
-        if seed % 2:
+        if seed % 3 == 1:
             computed = [draw.randrange(prompt, 109) for prompt in prompts]  # decode rows only
+            ends = [c + 1 for c in computed]
+        elif seed % 3 == 2:
+            # Prompts that come row by row, near their ends.
+            computed = [max(0, prompt - draw.choice((1, 2, 9))) for prompt in prompts]
             ends = [c + 1 for c in computed]
         else:
             computed = [draw.choice((0, prompt // 2, prompt)) for prompt in prompts]
@@ -123,17 +128,45 @@ def test_every_layer_of_a_step_sees_what_the_recipe_says(backend, monkeypatch, t
             torch.testing.assert_close(out, torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_steps_of_decode_rows_keep_their_tensors(backend):
-    """A CUDA graph reads them where they were."""
-    config = configured(RECIPE | {"dense_tail": 7})
+def builder_for(backend, config):
+    told = backend.PromptLengths(config, torch.device("cpu"), False)
     names = [f"model.layers.{i}.self_attn.attn" for i in range(3)]
     spec = SimpleNamespace(dtype=torch.float32, block_size=PAGE)
-    builder = backend.MetadataBuilder(spec, names, config, torch.device("cpu"))
+    return backend.MetadataBuilder(spec, names, config, torch.device("cpu")), told
+
+
+def test_steps_of_decode_rows_keep_their_tensors(backend):
+    """A CUDA graph reads them where they were."""
+    builder, _ = builder_for(backend, configured(RECIPE | {"dense_tail": 7}))
     server = Server([10] * 4, 110)
     found = [builder.build(0, common(server, [c] * 4, [c + 1] * 4)).stretches for c in (30, 90)]
     assert [list(step) for step in found] == [[RULES[0]]] * 2, "dense decode rows need no cutting"
     first, second = (step[RULES[0]].sinks for step in found)
     assert first.data_ptr() == second.data_ptr() and second.tolist() == [5] * 4
+
+
+@pytest.mark.parametrize("tail", [0, 7])
+def test_a_graph_of_decode_steps_is_right_for_prompts_that_end_with_a_single_row(backend, monkeypatch, tail):
+    config = configured(RECIPE | {"dense_tail": tail})
+    builder, told = builder_for(backend, config)
+    prompts = [60, 61, 90, 20]
+    server = Server(prompts, 110)
+    told.update_state(BatchUpdate(4, [], [(row, None, [0] * n, []) for row, n in enumerate(prompts)], []))
+    step = common(server, [100] * 4, [101] * 4)
+    captured = builder.build(0, step)
+    computed = [60, 60, 89, 70]  # answer, end of a prompt, end of a prompt, answer
+    step.seq_lens.copy_(torch.tensor(computed) + 1)  # where the graph reads them
+    step.is_prefilling = torch.tensor(computed) < server.prompts
+    builder.build(0, step)
+    monkeypatch.setattr(backend, "get_current_vllm_config", lambda: config)
+    implementation = backend.Attention(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, None, "auto")
+    query = torch.stack([q[c] for q, c in zip(server.query, computed, strict=True)])
+    out = torch.empty_like(query)
+    layer = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
+    implementation.forward(layer, query, query, query, torch.stack(list(server.cache), 1), captured, out)
+    rule = Rule(24, 5, tail, False)
+    expected = torch.cat([server.expected(rule, i, c, c + 1) for i, c in enumerate(computed)])
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_cuda_graphs_are_for_what_they_can_do(backend):
@@ -145,24 +178,70 @@ def test_cuda_graphs_are_for_what_they_can_do(backend):
 
 
 def test_prompt_lengths_follow_their_requests(backend):
-    lengths = backend.PromptLengths(configured(RECIPE), torch.device("cpu"), False)
+    config = configured(RECIPE)
+    lengths = backend.PromptLengths(config, torch.device("cpu"), False)
     lengths.update_state(BatchUpdate(3, [], [(i, None, [0] * n, []) for i, n in enumerate((11, 22, 33))], []))
-    assert backend.PromptLengths.of_batch(3).tolist() == [11, 22, 33]
+    assert lengths.of_batch(3).tolist() == [11, 22, 33]
     moves = [(0, 2, MoveDirectionality.SWAP), (2, 1, MoveDirectionality.UNIDIRECTIONAL)]
     lengths.update_state(BatchUpdate(2, [1], [], moves))
-    assert backend.PromptLengths.of_batch(2).tolist() == [33, 11]
+    assert lengths.of_batch(2).tolist() == [33, 11]
     lengths.update_state(None)
-    assert backend.PromptLengths.of_batch(6).tolist()[:2] == [33, 11]
-    assert backend.PromptLengths.of_batch(6).shape == (6,)
+    assert lengths.of_batch(6).tolist()[:2] == [33, 11]
+    assert lengths.of_batch(6).shape == (6,)
 
 
-def test_vllm_finds_the_backend_and_refuses_what_it_cannot_run(backend):
+def test_each_engine_of_a_process_has_its_own_prompt_lengths(backend):
+    first, second, third = configured(RECIPE), configured(RECIPE), configured(RECIPE)
+    kept = [backend.PromptLengths(config, torch.device("cpu"), False) for config in (first, second)]
+    assert [backend.PromptLengths.of(config) for config in (first, second, third)] == [*kept, None]
+    del kept[1]
+    assert backend.PromptLengths.of(second) is None
+
+
+def test_without_its_logits_processor_the_backend_does_not_start(backend):
+    names, spec = ["model.layers.0.self_attn.attn"], SimpleNamespace(dtype=torch.float32, block_size=PAGE)
+    with pytest.raises(BackendUnavailableError, match=r"entry point in vllm.logits_processors"):
+        backend.MetadataBuilder(spec, names, configured("balanced"), torch.device("cpu"))
+    backend.MetadataBuilder(spec, names, configured("full"), torch.device("cpu"))  # needs to know nothing
+
+
+def test_layers_whose_steps_vllm_changes_are_refused(backend):
+    class ChunkedLocalAttentionBuilder(backend.MetadataBuilder):
+        """As vLLM derives it for layers that attend within chunks."""
+
+    spec = SimpleNamespace(dtype=torch.float32, block_size=PAGE)
+    config = configured(RECIPE)
+    told = backend.PromptLengths(config, torch.device("cpu"), False)
+    with pytest.raises(UnsupportedModelError, match=r"ChunkedLocalAttentionBuilder: layers such as model.layers.0"):
+        ChunkedLocalAttentionBuilder(spec, ["model.layers.0.attn"], config, torch.device("cpu"))
+    ChunkedLocalAttentionBuilder(spec, ["model.layers.1.attn"], config, torch.device("cpu"))  # a full layer
+    del told
+
+
+def test_vllm_finds_the_backend(backend):
     from swaa_flex.vllm import register
 
     register()
     register()
     assert AttentionBackendEnum.CUSTOM.get_class() is backend.Backend
-    assert not backend.Backend.supports_kv_cache_dtype("fp8")
-    assert backend.Backend.supports_kv_cache_dtype("auto")
-    assert not backend.Backend.is_mla() and not backend.Backend.supports_attn_type("encoder_decoder")
-    assert not backend.Backend.supports_sink()
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"use_mla": True}, "MLA not supported"),
+        ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
+        ({"attn_type": "encoder_decoder"}, "attention type encoder_decoder not supported"),
+        ({"has_sink": True}, "attention sinks not supported"),
+        ({"use_non_causal": True}, "non-causal attention not supported"),
+        ({"dtype": torch.float32}, "dtype not supported"),
+    ],
+)
+def test_vllm_is_told_what_the_backend_cannot_run(backend, changed, reason):
+    plain = {"head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "auto", "block_size": None}
+    plain |= dict.fromkeys(("use_mla", "has_sink", "use_sparse", "use_mm_prefix", "use_per_head_quant_scales"), False)
+    plain |= {"device_capability": DeviceCapability(9, 0), "attn_type": "decoder"}
+    assert backend.Backend.validate_configuration(**plain) == []
+    reasons = backend.Backend.validate_configuration(**plain | changed)
+    assert reasons == [reason, backend.SERVED]

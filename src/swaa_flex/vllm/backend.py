@@ -21,9 +21,15 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from ..errors import BackendUnavailableError, UnsupportedModelError
 from .prompts import PromptLengths
 from .recipe import check_layer, rules_of
-from .rows import Rule, Stretches, attend, cut, cut_decode, have_sliding
+from .rows import Rule, Stretches, attend, cut, cut_decode, have_sliding, in_tail
+
+SERVED = (
+    "swaa_flex serves decoders without MLA whose keys and values are float16 or bfloat16; "
+    "without a recipe, another --attention-backend may run this"
+)
 
 
 class Backend(FlashAttentionBackend):
@@ -43,6 +49,12 @@ class Backend(FlashAttentionBackend):
     def get_builder_cls() -> type[MetadataBuilder]:
         """What prepares a step."""
         return MetadataBuilder
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
+        """What of a configuration it cannot run, and what it can; vLLM puts this into its error."""
+        reasons: list[str] = super().validate_configuration(*args, **kwargs)
+        return [*reasons, SERVED] if reasons else []
 
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
@@ -97,6 +109,23 @@ class MetadataBuilder(FlashAttentionMetadataBuilder):
         self.rules = list(dict.fromkeys(rule for rule in (rules[extract_layer_index(n)] for n in layer_names) if rule))
         most = vllm_config.scheduler_config.max_num_seqs
         self.sinks = {rule: torch.zeros(most, dtype=torch.int32, device=device) for rule in self.rules}
+        self.prompts = PromptLengths.of(vllm_config)
+        if self.rules:
+            self._check(layer_names[0])
+
+    def _check(self, layer_name: str) -> None:
+        if type(self) is not MetadataBuilder:  # vLLM derives from a builder what changes the steps that it is told of
+            raise UnsupportedModelError(
+                f"{type(self).__name__}: layers such as {layer_name} have an attention of their own, which a recipe "
+                "cannot be combined with; make them full_attention_layers"
+            )
+        config = self.vllm_config
+        untold = config.speculative_config is not None or config.model_config.runner_type == "pooling"
+        if self.prompts is None and not untold:
+            raise BackendUnavailableError(
+                "the logits processor of swaa_flex, which learns where prompts end, was not loaded; expected its "
+                "entry point in vllm.logits_processors: install the package swaa-flex where vLLM runs"
+            )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -109,21 +138,29 @@ class MetadataBuilder(FlashAttentionMetadataBuilder):
             return metadata
         starts = common.query_start_loc_cpu
         lengths = common.seq_lens_cpu_upper_bound
-        assert lengths is not None and common.is_prefilling is not None
-        prompts = PromptLengths.of_batch(common.num_reqs)
-        if prompts is None:
-            prompts = torch.where(common.is_prefilling, lengths, 0).int()
-        decodes = common.max_query_len == 1 and not bool(common.is_prefilling.any())
+        prefilling = common.is_prefilling
+        assert lengths is not None and prefilling is not None
+        if self.prompts is not None:
+            prompts = self.prompts.of_batch(common.num_reqs)
+        else:
+            prompts = torch.where(prefilling, lengths, 0).int()
+        single = common.max_query_len == 1
+        decodes = single and not bool(prefilling.any())
         on_device = None
         for rule in self.rules:
-            sinks = self.sinks[rule][: common.num_reqs]
-            if common.max_query_len == 1 and not rule.dense_decode:
-                step = cut_decode(
-                    rule, base.query_start_loc, base.seq_lens, base.block_table, sinks, max_keys=base.max_seq_len
+            if single and not rule.dense_decode:
+                # A CUDA graph of decode steps runs the last rows of prompts too, if they come alone.
+                dense = in_tail(rule, lengths, prompts) if rule.dense_tail and not decodes else None
+                metadata.stretches[rule] = cut_decode(
+                    rule,
+                    base.query_start_loc,
+                    base.seq_lens,
+                    base.block_table,
+                    self.sinks[rule][: common.num_reqs],
+                    max_keys=base.max_seq_len,
+                    dense=None if dense is None else dense.to(self.device, non_blocking=True),
                 )
-                if decodes:
-                    metadata.stretches[rule] = step
-                    continue
+                continue
             if decodes or not have_sliding(rule, lengths - starts.diff(), lengths, prompts):
                 continue
             if on_device is None:

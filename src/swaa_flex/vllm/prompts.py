@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +17,25 @@ if TYPE_CHECKING:
 class PromptLengths(LogitsProcessor):
     """Changes no logits. It follows which request is in which row of the batch, before each step.
 
-    One per process; the entry point in `vllm.logits_processors` makes vLLM load it. With speculative decoding vLLM
-    loads none, and `of_batch` returns None.
+    The entry point in `vllm.logits_processors` makes vLLM load one for each engine, except with speculative decoding
+    and for pooling.
     """
 
-    _current: PromptLengths | None = None
+    _of: ClassVar[WeakValueDictionary[int, PromptLengths]] = WeakValueDictionary()
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.lengths = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32)
-        PromptLengths._current = self
+        self.vllm_config = vllm_config  # keeps it, so that no other one has its id
+        PromptLengths._of[id(vllm_config)] = self
 
     @classmethod
-    def of_batch(cls, requests: int) -> Tensor | None:
-        """Tokens of each prompt, int32 `[requests]` on the CPU, or None where vLLM does not tell."""
-        if cls._current is None:
-            return None
-        known = cls._current.lengths[:requests]
+    def of(cls, vllm_config: VllmConfig) -> PromptLengths | None:
+        """Those of the engine with this configuration; a process may have several engines."""
+        return cls._of.get(id(vllm_config))
+
+    def of_batch(self, requests: int) -> Tensor:
+        """Tokens of each prompt, int32 `[requests]` on the CPU."""
+        known = self.lengths[:requests]
         return F.pad(known, (0, requests - len(known)))  # rows that only pad the batch
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:

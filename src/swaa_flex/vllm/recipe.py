@@ -57,17 +57,34 @@ def rules_of(vllm_config: VllmConfig) -> tuple[Rule | None, ...]:
 
 def _check(vllm_config: VllmConfig, rules: list[Rule]) -> None:
     has_tail = any(rule.dense_tail for rule in rules)
-    if vllm_config.cache_config.enable_prefix_caching and (has_tail or any(rule.dense_decode for rule in rules)):
+    has_dense = has_tail or any(rule.dense_decode for rule in rules)
+    if has_dense and vllm_config.cache_config.enable_prefix_caching:
         raise ConfigError(
             "prefix caching: pages of another request hold rows that were dense there, in its tail or answer, and are "
             "not in yours; start vLLM with --no-enable-prefix-caching, or take a recipe without them"
         )
-    if vllm_config.speculative_config is not None and has_tail:
+    if has_dense and vllm_config.kv_transfer_config is not None:
+        raise ConfigError(
+            "kv_transfer_config: pages that come from elsewhere may hold rows that were dense in another request, in "
+            "its tail or answer, and are not in yours; start vLLM without it, or take a recipe without them"
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and has_tail:
         raise ConfigError(
             "speculative decoding with dense_tail: vLLM does not tell where prompts end then; take dense_tail=0"
         )
+    if speculative is not None and getattr(speculative.attention_backend, "name", None) == "CUSTOM":
+        raise ConfigError(
+            "attention_backend CUSTOM in the speculative_config: drafts are verified and need no recipe; leave it out"
+        )
+    if vllm_config.model_config.runner_type == "pooling" and has_tail:
+        raise ConfigError(
+            "a model that pools with dense_tail: vLLM does not tell where prompts end; take dense_tail=0"
+        )
     if vllm_config.model_config.enable_prompt_embeds:
         raise ConfigError("enable_prompt_embeds: vLLM does not tell how long such prompts are; give token ids")
+    if vllm_config.parallel_config.use_ubatching:
+        raise ConfigError("enable_dbo: halves of a batch do not tell where prompts end; start vLLM without it")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         raise ConfigError("decode_context_parallel_size: expected 1, swaa_flex keeps the keys of a sequence together")
 

@@ -49,6 +49,7 @@ class Stretches:
         full: keys of the stretches that see everything before them, else 0, int32 `[stretches]`.
         near: keys of the sliding stretches up to their last row, else 0, int32 `[stretches]`.
         sinks: sinks of the sliding stretches, else 0, int32 `[stretches]`; None if the rule has none.
+        max_sinks: the most sinks, at least.
         block_table: pages of each stretch, int32 `[stretches, pages]`.
         max_rows: the most rows of a stretch, at least.
         max_keys: the most keys, at least.
@@ -59,6 +60,7 @@ class Stretches:
     full: Tensor
     near: Tensor
     sinks: Tensor | None
+    max_sinks: int
     block_table: Tensor
     max_rows: int
     max_keys: int
@@ -115,17 +117,29 @@ def cut(
         full=torch.where(has_rows & is_full, ends, 0).flatten().int(),
         near=near,
         sinks=(near > 0).int() * rule.sinks if rule.sinks else None,
+        max_sinks=rule.sinks,
         block_table=block_table.repeat_interleave(STRETCHES, 0),
-        max_rows=max_rows,
+        # FlashAttention-2 takes 1 for exactly one row in every sequence, and stretches may have none.
+        max_rows=max(2, max_rows),
         max_keys=max_keys,
         is_full=stretch % 2 == 0,
     )
 
 
 def cut_decode(
-    rule: Rule, query_start: Tensor, lengths: Tensor, block_table: Tensor, sinks: Tensor, *, max_keys: int
+    rule: Rule,
+    query_start: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    sinks: Tensor,
+    *,
+    max_keys: int,
+    dense: Tensor | None = None,
 ) -> Stretches:
-    """One sliding decode row for each request, in tensors that keep their place from step to step.
+    """One row for each request, of a rule whose decode rows slide, in tensors that keep their place.
+
+    What is outside the window of a dense row counts as sinks. So a CUDA graph of such a step stays right when a prompt
+    ends with a chunk of a single row, which may be its dense tail.
 
     Args:
         rule: of the layers.
@@ -134,9 +148,28 @@ def cut_decode(
         block_table: as for `cut`.
         sinks: is written: the sinks that are not in the window, int32 `[requests]`.
         max_keys: as for `cut`.
+        dense: which rows are dense, bool `[requests]`; None if no row is.
     """
-    sinks.copy_((lengths - rule.window).clamp(0, rule.sinks))
-    return Stretches(query_start, lengths, lengths, sinks if rule.sinks else None, block_table, 1, max_keys, None)
+    outside = (lengths - rule.window).clamp(min=0)
+    sinks.copy_(outside.clamp(max=rule.sinks))
+    if dense is not None:
+        sinks.copy_(torch.where(dense, outside, sinks))
+    return Stretches(
+        start=query_start,
+        full=lengths,
+        near=lengths,
+        sinks=sinks if rule.sinks or rule.dense_tail else None,
+        max_sinks=max_keys if rule.dense_tail else rule.sinks,
+        block_table=block_table,
+        max_rows=1,
+        max_keys=max_keys,
+        is_full=None,
+    )
+
+
+def in_tail(rule: Rule, lengths: Tensor, prompts: Tensor) -> Tensor:
+    """Whether the last row of each request is in the dense tail of its prompt; arguments as for `have_sliding`."""
+    return (lengths <= prompts) & (lengths > prompts - rule.dense_tail)
 
 
 def _edges(rule: Rule, computed: Tensor, lengths: Tensor, prompts: Tensor) -> Tensor:
@@ -184,7 +217,7 @@ def attend(rule: Rule, stretches: Stretches, kernel: Kernel, merge: Merge, out: 
     if stretches.sinks is None:
         out.copy_(near)
     else:
-        first, first_lse = kernel(stretches.sinks, stretches, rule.sinks, causal=False, window=None)
+        first, first_lse = kernel(stretches.sinks, stretches, stretches.max_sinks, causal=False, window=None)
         merge(out, first, first_lse, near, near_lse)
     if stretches.is_full is not None:
         full, _ = kernel(stretches.full, stretches, stretches.max_keys, causal=True, window=None)
