@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import counting_backend
+from conftest import counting_backend, visible_pairs
 from test_models import batch, tiny, under_reference
 from transformers import CompileConfig
 
 import swaa_flex
 from swaa_flex import ConfigError, DoesNotFitError, SWAACache, SWAAConfig
-from swaa_flex.hf import fused_linear
+from swaa_flex.hf import fused_linear, prompt_attention
+from swaa_flex.masks import offset
 
 RECIPES = [
     SWAAConfig(16, 3, (), full_attention_decode=False, dense_tail=5),
@@ -63,6 +64,37 @@ def test_a_compiled_prompt_sees_what_one_that_is_not_compiled_sees(family, confi
         inputs = batch(length, min(13, length - 2))
         logits = under_reference(model, config, lambda inputs=inputs: model(**inputs).logits[:, -1])
         torch.testing.assert_close(compiled.prefill(**inputs), logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "config"), zip(["llama", "gemma3_text", "llama"], RECIPES, strict=True), ids=repr)
+def test_masks_are_laid_out_by_what_the_host_knows_of_them(family, config, nothing_compiled, monkeypatch):
+    """Of every layer of every chunk: the mask on the host sees what the mask sees that kernels evaluate."""
+    compared = []
+
+    def compare(chunk, query, key, value, layer, **options):
+        mask, source = chunk.mask(layer), chunk.cache.stored_after(chunk.seen, layer)
+        read = mask.mask_for(layer, key.shape[2], mask.prompt_info(chunk.lengths, None, source), source)
+        read = offset(read, q=chunk.seen)
+        known = chunk.mask_on_host(layer, key.shape[2])
+        sizes = (query.shape[2], key.shape[2])
+        assert torch.equal(visible_pairs(known, *sizes, batch=2), visible_pairs(read, *sizes, batch=2))
+        lists = [
+            swaa_flex.plan(read, *sizes, batch=2, backend="cpp", twin=twin).segments[0].block_mask
+            for twin in (None, known)
+        ]
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+            assert torch.equal(*(getattr(listed, name) for listed in lists)), name
+        compared.append(layer)
+        return torch.zeros(2, query.shape[2], query.shape[1], value.shape[3])
+
+    monkeypatch.setattr(prompt_attention.PromptChunk, "attention", compare)
+    compiled = swaa_flex.compile(
+        make(family, config), max_length=600, batch_size=2, prefill_chunk=256, backend="eager"
+    )
+    compiled._initialise()
+    compiled._is_warm = True  # decode steps take long to trace
+    compiled.prefill(**batch(300, 13))
+    assert compared == [0, 1, 2, 3] * 2
 
 
 def test_nothing_is_traced_after_the_warm_up(nothing_compiled):

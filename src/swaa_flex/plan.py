@@ -80,6 +80,7 @@ def plan(
     q_offset: int | Tensor = 0,
     needs_grad: bool = False,
     head_dim: int | None = None,
+    twin: Mask | None = None,
 ) -> AttentionPlan:
     """Turns a mask into what a backend runs.
 
@@ -99,6 +100,8 @@ def plan(
         q_offset: added to query indices, an int or a 0-d integer tensor.
         needs_grad: whether the backward pass will run.
         head_dim: of the query, if known: flash has blocks of another shape for small ones.
+        twin: a mask that sees the same as `mask` at `q_offset`, with its tensors on the CPU: what the host knows, it
+            lays out sooner than a GPU can be told to.
 
     Returns:
         The plan.
@@ -119,7 +122,7 @@ def plan(
     local = offset(mask, q=q_offset)
     # The compiled CPU kernel is wrong on a slice of a query that is computed in the same graph (torch 2.13).
     whole = backend == "cpp" and torch.compiler.is_compiling()
-    parts = [(0, q_len, mask)] if whole else _split(mask, q_len, q_offset)
+    parts = [(0, q_len, mask)] if whole or twin is not None else _split(mask, q_len, q_offset)
     if backend == "chunked":
         segments = tuple(_chunked_segment(*part, q_offset, kv_len, device) for part in parts)
         return AttentionPlan(local, backend, q_len, kv_len, segments, needs_grad)
@@ -131,7 +134,7 @@ def plan(
         if len(widths) == 1:
             parts = [(0, q_len, mask)]
     segments = tuple(
-        _flex_segment(*part, q_offset, kv_len, batch, device, backend, needs_grad, head_dim)
+        _flex_segment(*part, q_offset, kv_len, batch, device, backend, needs_grad, head_dim, twin)
         for part in _covered(parts, q_len)
     )
     return AttentionPlan(local, backend, q_len, kv_len, segments, needs_grad, (batch, head_dim))
@@ -191,13 +194,14 @@ def _flex_segment(
     backend: str,
     needs_grad: bool,
     head_dim: int | None,
+    twin: Mask | None,
 ) -> Segment:
     q_len, shift = stop - first, q_offset + first
     is_causal_end = False
     if not isinstance(shift, Tensor) and not torch.compiler.is_compiling():
         is_causal_end = mask == causal() and shift + q_len == kv_len
     local = offset(mask, q=shift)
-    here = laid_out_on(local, device, needs_grad)
+    here = laid_out_on(local, device, needs_grad) if twin is None else torch.device("cpu")
     if backend == "flash":
         # FLASH has no split over keys, which few rows need.
         readable = None if q_len < BLOCK_SIZE else _for_flash(local, shift, batch, device)
@@ -209,9 +213,14 @@ def _flex_segment(
     # FLASH has a faster kernel for small heads, with tiles of 192 rows (sm90; benchmarks/kernel_options.py).
     small = backend == "flash" and head_dim is not None and head_dim <= 64 and not needs_grad
     q_block = 192 if small and backends.is_hopper(device.index) else BLOCK_SIZE
+    bounds = (
+        _bounds(first, stop, mask, q_offset, kv_len, q_block, here)
+        if twin is None
+        else row_block_bounds(twin, q_len, kv_len, q_block, here)
+    )
     block_mask = layout(
         local,
-        _bounds(first, stop, mask, q_offset, kv_len, q_block, here),
+        bounds,
         q_len,
         kv_len,
         device=here,

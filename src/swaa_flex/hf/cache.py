@@ -157,12 +157,18 @@ class SWAACache(Cache):
         growing = len(self.layers) - sum(1 for ring in rings if not ring.hold_prompt)
         return token * growing, token * sum(ring.slots for ring in rings)
 
-    def stored_after(self, seen: Tensor, layer_idx: int) -> Stored:
-        """Which columns a layer's keys will belong to when several tokens come after `seen` columns (fixed size)."""
+    def stored_after(self, seen: Tensor, layer_idx: int, first: Tensor | None = None) -> Stored:
+        """Which columns a layer's keys will belong to when several tokens come after `seen` columns (fixed size).
+
+        Args:
+            seen: columns before, 0-d.
+            layer_idx: of the layer.
+            first: column of each sequence's first token, `[batch]`, None for what the cache knows.
+        """
         layer = self.layers[layer_idx]
         if isinstance(layer, StaticSinksAndWindowLayer) and not layer.holding:
-            return Stored(self, layer, layer.sink_tokens, layer.start_of_window(seen))
-        return Stored(self, layer)
+            return Stored(self, layer, layer.sink_tokens, layer.start_of_window(seen), known_first=first)
+        return Stored(self, layer, known_first=first)
 
     def start(self, first: Tensor) -> None:
         """Begins sequences in an empty cache of fixed size, the way compiled forwards need it.
@@ -345,6 +351,12 @@ class Stored:
     sink_slots: int = 0  # leading slots for the first tokens of each sequence
     start: int | Tensor = 0  # column of the slot after them (of each sequence), the rest follows in order ...
     ring: bool = False  # ... unless the slots after the sinks are a ring
+    known_first: Tensor | None = None  # column of each sequence's first token, as the caller knows it
+
+    @property
+    def first(self) -> Tensor | None:
+        """Column of each sequence's first token, `[batch]`, None without pads."""
+        return self.cache.first if self.known_first is None else self.known_first
 
     @property
     def complete(self) -> bool:

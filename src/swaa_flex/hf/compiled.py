@@ -276,7 +276,8 @@ class CompiledModel:
         for size in sizes:
             # Flattened, as a slice of one row counts as contiguous with any stride, and each would be compiled.
             chunk = ids[:, done : done + size].flatten().view(-1, size)
-            with PromptChunk(self.model, self.cache, self.lengths, size) if self._outside_graph else nullcontext():
+            known = (done, size, columns - lengths, lengths)
+            with PromptChunk(self.model, self.cache, *known) if self._outside_graph else nullcontext():
                 logits = self._prefill_chunk(self, chunk)
             done += size
         assert logits is not None

@@ -169,20 +169,30 @@ class ForwardMask(BlockMask):
         if device == self.device:
             return self
         if device not in self.moved:
-            self.moved[device] = ForwardMask(
-                config=self.config,
-                sizes=self.sizes,
-                q_offset=self.q_offset.to(device) if isinstance(self.q_offset, Tensor) else self.q_offset,
-                kv_offset=self.kv_offset,
-                native=self.native,
-                mask_function=self.mask_function,
-                is_packed=self.is_packed,
-                ends=None if self.ends is None else (self.ends[0].to(device), self.ends[1].to(device)),
-                seen=self.seen,
-                info=self.info,
-                device=device,
-            )
+            q_offset = self.q_offset.to(device) if isinstance(self.q_offset, Tensor) else self.q_offset
+            ends = None if self.ends is None else (self.ends[0].to(device), self.ends[1].to(device))
+            self.moved[device] = self._with(q_offset, ends, device)
         return self.moved[device]
+
+    def on_host(self, q_offset: int) -> ForwardMask:
+        """The same on the CPU, for a caller that knows the offset and whatever else the masks of layers hold."""
+        assert self.ends is None
+        return self._with(q_offset, None, torch.device("cpu"))
+
+    def _with(self, q_offset: int | Tensor, ends: tuple[Tensor, Tensor] | None, device: torch.device) -> ForwardMask:
+        return ForwardMask(
+            config=self.config,
+            sizes=self.sizes,
+            q_offset=q_offset,
+            kv_offset=self.kv_offset,
+            native=self.native,
+            mask_function=self.mask_function,
+            is_packed=self.is_packed,
+            ends=ends,
+            seen=self.seen,
+            info=self.info,
+            device=device,
+        )
 
     def contiguous(self) -> ForwardMask:
         """Itself; `generate` calls it on what it hands to a compiled forward."""
@@ -214,6 +224,7 @@ class ForwardMask(BlockMask):
         position_ids: Tensor | None = None,
         needs_grad: bool = False,
         module: nn.Module | None = None,
+        twin: Callable[[], Mask] | None = None,
     ) -> AttentionPlan:
         """The plan for a layer, made at the first layer of its kind.
 
@@ -227,6 +238,7 @@ class ForwardMask(BlockMask):
             position_ids: of this forward, for packed rows.
             needs_grad: whether the backward pass will run.
             module: of the layer, to warn where nobody says where prompts end; None for no warning.
+            twin: makes the mask of the layer on the CPU, see `plan`.
         """
         config = swaa_of(self.config)
         kind = config.resolve(self.config.num_hidden_layers)[layer]
@@ -242,35 +254,7 @@ class ForwardMask(BlockMask):
                 )
             if source is not None:
                 source.cache.check(self.config)
-            first, stop = self._ends(source)
-            if kind.full or config.sliding_window is None:
-                mask = self._mask(None, None, position_ids, first, stop)
-            else:
-                near = window(config.sliding_window) | sinks(config.sink_tokens)
-                tail = config.dense_tail if info.dense_tail is None else info.dense_tail
-                if source is not None and source.too_late_for(tail):
-                    raise ConfigError(
-                        f"dense_tail={tail}: the cache was made for a recipe without a dense tail and has released "
-                        "keys that the tail would see; set dense_tail in the recipe before the cache is made"
-                    )
-                inner, dense = self._rows(
-                    near,
-                    tail,
-                    kind.full_attention_decode,
-                    info,
-                    module,
-                    stop,
-                    position_ids if self.is_packed else None,
-                )
-                mask = self._mask(inner, dense, position_ids, first, stop)
-            if source is not None and source.ring:
-                begin = 0 if first is None else first
-                ring = key.shape[2] - source.sink_slots
-                mask = kv_positions(mask, ring_columns(self.q_offset + 1, begin, source.sink_slots, ring))
-            elif source is not None and not source.complete:
-                mask = sinks_and_tail(mask, source.sink_slots, start=source.start, first=0 if first is None else first)
-            else:
-                mask = offset(mask, kv=self.kv_offset)
+            mask = self.mask_for(layer, key.shape[2], info, source, position_ids, module)
             backend = backends.resolve(
                 config.backend,
                 self.device,
@@ -290,8 +274,43 @@ class ForwardMask(BlockMask):
                 q_offset=self.q_offset,
                 needs_grad=needs_grad,
                 head_dim=query.shape[-1],
+                twin=None if twin is None or backend == "chunked" else twin(),
             )
         return self.plans[variant]
+
+    def mask_for(
+        self,
+        layer: int,
+        kv_len: int,
+        info: PromptInfo,
+        source: Stored | None,
+        position_ids: Tensor | None = None,
+        module: nn.Module | None = None,
+    ) -> Mask:
+        """What the rows of a layer see, at columns of the cache; `kv_len` keys, otherwise see `plan_for`."""
+        config = swaa_of(self.config)
+        kind = config.resolve(self.config.num_hidden_layers)[layer]
+        first, stop = self._ends(source)
+        if kind.full or config.sliding_window is None:
+            mask = self._mask(None, None, position_ids, first, stop)
+        else:
+            near = window(config.sliding_window) | sinks(config.sink_tokens)
+            tail = config.dense_tail if info.dense_tail is None else info.dense_tail
+            if source is not None and source.too_late_for(tail):
+                raise ConfigError(
+                    f"dense_tail={tail}: the cache was made for a recipe without a dense tail and has released "
+                    "keys that the tail would see; set dense_tail in the recipe before the cache is made"
+                )
+            documents = position_ids if self.is_packed else None
+            inner, dense = self._rows(near, tail, kind.full_attention_decode, info, module, stop, documents)
+            mask = self._mask(inner, dense, position_ids, first, stop)
+        if source is not None and source.ring:
+            begin = 0 if first is None else first
+            ring = kv_len - source.sink_slots
+            return kv_positions(mask, ring_columns(self.q_offset + 1, begin, source.sink_slots, ring))
+        if source is not None and not source.complete:
+            return sinks_and_tail(mask, source.sink_slots, start=source.start, first=0 if first is None else first)
+        return offset(mask, kv=self.kv_offset)
 
     def after_attention(self, source: Stored, key: Tensor, value: Tensor, info: PromptInfo) -> None:
         """Lets the cache release what no later row can see."""
@@ -440,7 +459,7 @@ class ForwardMask(BlockMask):
         """First column and one past the last column of each sequence `[batch]`, or None without pads."""
         if self.ends is not None:
             return self.ends if any(self._padding()) else (None, None)
-        first = None if source is None else source.cache.first
+        first = None if source is None else source.first
         if first is None:
             return None, None
         first = self._each(first.to(self.device), "first columns (the attention mask of the cache)")
