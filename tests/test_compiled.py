@@ -66,7 +66,9 @@ def test_a_compiled_prompt_sees_what_one_that_is_not_compiled_sees(family, confi
         torch.testing.assert_close(compiled.prefill(**inputs), logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "config"), zip(["llama", "gemma3_text", "llama"], RECIPES, strict=True), ids=repr)
+@pytest.mark.parametrize(
+    ("family", "config"), list(zip(["llama", "gemma3_text", "llama"], RECIPES, strict=True)), ids=repr
+)
 def test_masks_are_laid_out_by_what_the_host_knows_of_them(family, config, nothing_compiled, monkeypatch):
     """Of every layer of every chunk: the mask on the host sees what the mask sees that kernels evaluate."""
     compared = []

@@ -13,7 +13,7 @@ from .. import recipes
 from ..config import SWAAConfig
 from .config import swaa_of
 from .labels import read_labels, read_labels_no_more
-from .mask import refuse_without_interface
+from .native import refuse_without_interface
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 

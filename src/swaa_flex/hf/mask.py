@@ -6,10 +6,9 @@ attention function. A `ForwardMask` remembers what was asked and makes one plan 
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from .. import backends
 from ..algebra import Mask, negated
 from ..errors import ConfigError, MaskError, UnsupportedModelError
 from ..masks import (
-    causal,
     everything,
     from_mask_mod,
     in_sequences,
@@ -41,16 +39,8 @@ from ..plan import AttentionPlan, plan
 from .cache import Stored, told_by_attention_mask
 from .cache_layers import ring_columns
 from .config import swaa_of
+from .native import read_native, refuse_without_interface
 from .prompt import PromptInfo, surrounding_prompt
-
-# Functions of transformers.masking_utils from which plain causal, sliding and packed masks are put together.
-_KNOWN_PARTS = {
-    "causal_mask_function",
-    "and_masks.<locals>.and_mask",
-    "sliding_window_overlay.<locals>.inner_mask",
-    "packed_sequence_mask_function.<locals>.inner_mask",
-    "remap_positions_for_packed_sequence.<locals>.inner_mask",
-}
 
 
 def make_forward_mask(
@@ -83,7 +73,7 @@ def make_forward_mask(
     ends = None if attention_mask is None else sequence_ends(attention_mask)
     if ends is not None and not torch.compiler.is_compiling():
         told_by_attention_mask(ends[0], (kv_length, kv_offset))
-    native, is_packed = _read(mask_function, local_size, use_vmap, config, maybe_packed)
+    native, is_packed = read_native(mask_function, local_size, use_vmap, config, maybe_packed)
     return ForwardMask(
         config=config,
         sizes=(batch_size, 1, q_length, kv_length),
@@ -97,21 +87,6 @@ def make_forward_mask(
         info=surrounding_prompt(),
         device=torch.device(device),
     )
-
-
-def refuse_without_interface(config_class: type) -> None:
-    """Refuses a model whose code does not call attention functions by name: it would run full attention.
-
-    Raises:
-        UnsupportedModelError: if the modeling file beside the config's does not use the attention interface.
-    """
-    modeling = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
-    if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
-        raise UnsupportedModelError(
-            f"model type {getattr(config_class, 'model_type', '')!r} does not call attention by name "
-            "through transformers' AttentionInterface, so swaa_flex cannot change it; use another model, or "
-            "attn_implementation='eager' for full attention"
-        )
 
 
 class ForwardMask(BlockMask):
@@ -508,37 +483,3 @@ class ForwardMask(BlockMask):
 
 _touched: list[ForwardMask] = []  # masks with plans of the forward that is being traced
 _prompt_ends: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-
-
-def _read(
-    mask_function: Callable[..., Any],
-    local_size: int | None,
-    use_vmap: bool,
-    config: PreTrainedConfig,
-    maybe_packed: bool,
-) -> tuple[Mask | None, bool]:
-    """The model's own restriction as a mask with geometry (None if unknown), and whether rows are packed."""
-    if mask_function is causal_mask_function:
-        return causal(), False
-    if torch.compiler.is_compiling():
-        # Closures cannot be looked into here; what remains of the known ones is a sliding or packed causal mask.
-        # (Without cache and padding mask transformers always says packed in a compiled graph.)
-        if use_vmap or mask_function.__name__ != "and_mask" or getattr(config, "attention_chunk_size", None):
-            return None, False
-        return (causal() if local_size is None else causal() & window(local_size)), maybe_packed
-    parts = set(_parts(mask_function))
-    sliding = "sliding_window_overlay.<locals>.inner_mask" in parts
-    if use_vmap or not parts <= _KNOWN_PARTS or (sliding and not local_size):
-        return None, False
-    native = causal() & window(local_size) if sliding and local_size else causal()
-    return native, "packed_sequence_mask_function.<locals>.inner_mask" in parts
-
-
-def _parts(function: Callable[..., Any]) -> Iterator[str]:
-    """Qualified names of a function and of the functions in its closure."""
-    yield getattr(function, "__qualname__", repr(function))
-    for cell in getattr(function, "__closure__", None) or ():
-        inside = cell.cell_contents
-        for part in inside if isinstance(inside, (tuple, list)) else (inside,):
-            if callable(part) and not isinstance(part, Tensor):
-                yield from _parts(part)

@@ -1,0 +1,82 @@
+"""The model's own restriction of attention, read from the functions that transformers composes for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.masking_utils import causal_mask_function
+
+from ..algebra import Mask
+from ..errors import UnsupportedModelError
+from ..masks import causal, window
+
+# Functions of transformers.masking_utils from which plain causal, sliding and packed masks are put together.
+_KNOWN_PARTS = {
+    "causal_mask_function",
+    "and_masks.<locals>.and_mask",
+    "sliding_window_overlay.<locals>.inner_mask",
+    "packed_sequence_mask_function.<locals>.inner_mask",
+    "remap_positions_for_packed_sequence.<locals>.inner_mask",
+}
+
+
+def read_native(
+    mask_function: Callable[..., Any],
+    local_size: int | None,
+    use_vmap: bool,
+    config: PreTrainedConfig,
+    maybe_packed: bool,
+) -> tuple[Mask | None, bool]:
+    """The model's own restriction as a mask with geometry (None if unknown), and whether rows are packed.
+
+    Args:
+        mask_function: what transformers has composed.
+        local_size: the window of layers that slide, None for others.
+        use_vmap: whether it has parts that come from elsewhere, and so has to be mapped over pairs.
+        config: of the model.
+        maybe_packed: whether transformers could have taken the rows for packed ones.
+    """
+    if mask_function is causal_mask_function:
+        return causal(), False
+    if torch.compiler.is_compiling():
+        # Closures cannot be looked into here; what remains of the known ones is a sliding or packed causal mask.
+        # (Without cache and padding mask transformers always says packed in a compiled graph.)
+        if use_vmap or mask_function.__name__ != "and_mask" or getattr(config, "attention_chunk_size", None):
+            return None, False
+        return (causal() if local_size is None else causal() & window(local_size)), maybe_packed
+    parts = set(_parts(mask_function))
+    sliding = "sliding_window_overlay.<locals>.inner_mask" in parts
+    if use_vmap or not parts <= _KNOWN_PARTS or (sliding and not local_size):
+        return None, False
+    native = causal() & window(local_size) if sliding and local_size else causal()
+    return native, "packed_sequence_mask_function.<locals>.inner_mask" in parts
+
+
+def _parts(function: Callable[..., Any]) -> Iterator[str]:
+    """Qualified names of a function and of the functions in its closure."""
+    yield getattr(function, "__qualname__", repr(function))
+    for cell in getattr(function, "__closure__", None) or ():
+        inside = cell.cell_contents
+        for part in inside if isinstance(inside, (tuple, list)) else (inside,):
+            if callable(part) and not isinstance(part, Tensor):
+                yield from _parts(part)
+
+
+def refuse_without_interface(config_class: type) -> None:
+    """Refuses a model whose code does not call attention functions by name: it would run full attention.
+
+    Raises:
+        UnsupportedModelError: if the modeling file beside the config's does not use the attention interface.
+    """
+    modeling = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
+    if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        raise UnsupportedModelError(
+            f"model type {getattr(config_class, 'model_type', '')!r} does not call attention by name "
+            "through transformers' AttentionInterface, so swaa_flex cannot change it; use another model, or "
+            "attn_implementation='eager' for full attention"
+        )
