@@ -10,8 +10,10 @@ recipe is W, of `quality` 2 W; its sinks become 16. With a folder for the sample
 from __future__ import annotations
 
 import functools
+import pickle
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import as_completed
 from contextlib import nullcontext
@@ -26,7 +28,8 @@ from rich.table import Table
 from swaa_flex import SWAAConfig
 from swaa_flex.evaluation import tasks as all_tasks
 from swaa_flex.evaluation.runner import evaluate
-from swaa_flex.evaluation.summary import Cell, Summary
+from swaa_flex.evaluation.sample import Sample, Task
+from swaa_flex.evaluation.summary import Cell
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,11 @@ class Config:
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     tasks: tuple[str, ...] = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "ppl")
     samples: int = 200  # of each task and length
-    batch_size: int = 100
+    batch_size: int = 100  # one size, as kernels are compiled for each
     seed: int = 0
     compared: tuple[str, ...] = recovery.NAMES
-    processes: int = 5  # of each device
+    processes: int = 7  # of each device, if they fit
+    gib: float = 16  # of device memory for each process
 
 
 QUICK = Config((64,), (384,), ("niah_single", "ppl"), 4, 4, 0, ("naive", "balanced"), 1)
@@ -68,17 +72,39 @@ def main() -> None:
     report = runner.Report(f"accuracy_{runner.device()}", config, line, given.out, {"configurations": swaa})
     begun = time.perf_counter()
     with (
-        tempfile.TemporaryDirectory() if given.samples is None else nullcontext(given.samples) as folder,
-        runner.Pool(config.processes) as pool,
+        recovery.model_folder(),
+        tempfile.TemporaryDirectory() as made,
+        tempfile.TemporaryDirectory() if given.samples is None else nullcontext(given.samples) as answered,
+        runner.Pool(max(1, min(config.processes, int(runner.capacity_gib() / config.gib)))) as pool,
     ):
-        # Each process leaves its samples in the folder; with all of them there, the last call only reads.
-        jobs = [pool.submit(measured, config, [name], folder) for name in configurations(config)]
+        pool.submit(recovery.unpack).result()
+        # What takes longest first. All configurations have the same samples, so they are made once.
+        sizes = [(task, length) for length in sorted(config.lengths, reverse=True) for task in config.tasks]
+        for making in [pool.submit(make, config, *size, made) for size in sizes]:
+            making.result()
+        report.console.print(f"samples after {time.perf_counter() - begun:.0f} s", highlight=False)
+        measure = functools.partial(pool.submit, measured, config)
+        jobs = {
+            measure([name], config.tasks, length, made, answered): (name, length)
+            for length in sorted(config.lengths, reverse=True)
+            for name in configurations(config)
+        }
+        failed: dict[str, str] = {}
         for number, job in enumerate(as_completed(jobs), 1):
-            job.result()
-            report.console.print(f"{number} of {len(jobs)} after {time.perf_counter() - begun:.0f} s", highlight=False)
-        summary = pool.submit(measured, config, list(configurations(config)), folder).result()
-    for cell in summary.cells:
-        report.add(result(cell))
+            name, length = jobs[job]
+            if error := job.exception():
+                traceback.print_exception(error)
+                failed[name] = f"{type(error).__name__}: {error}"[:160]
+                report.facts["failed"] = failed
+                continue
+            for cell in job.result():
+                report.add(result(cell))
+            passed = time.perf_counter() - begun
+            report.console.print(f"{number} of {len(jobs)} after {passed:.0f} s: {name}, {length}", highlight=False)
+        # Each process has left its answers in the folder; with all of them there, these calls only compare.
+        names = [name for name in configurations(config) if name not in failed]
+        compared = [measure(names, [task], length, made, answered) for task, length in sizes]
+        report.results[:] = ranked([result(cell) for job in compared for cell in job.result()], config)
     report.close(table(report.results), plot)
 
 
@@ -90,27 +116,49 @@ def configurations(config: Config) -> dict[str, SWAAConfig]:
     return found
 
 
-def measured(config: Config, names: Sequence[str], folder: str) -> Summary:
-    model, tokenizer = pretrained()
-    tasks = [task for name in config.tasks for task in all_tasks.get(name)]
+def measured(
+    config: Config, names: Sequence[str], tasks: Sequence[str], length: int, made: str, answered: str
+) -> list[Cell]:
+    model, tokenizer = recovery.pretrained()
     chosen = configurations(config)
-    return evaluate(
+    summary = evaluate(
         model,
         tokenizer,
         {name: chosen[name] for name in names},
-        tasks,
-        config.lengths,
+        [Made(task, made) for name in tasks for task in all_tasks.get(name)],
+        [length],
         count=config.samples,
-        out=folder,
+        out=answered,
         seed=config.seed,
         batch_size=config.batch_size,
         progress=False,
     )
+    return list(summary.cells)
+
+
+def make(config: Config, name: str, length: int, folder: str) -> None:
+    """Writes the samples of a task, so that no process has to make them again."""
+    _, tokenizer = recovery.pretrained()
+    [task] = all_tasks.get(name)
+    made = task.samples(tokenizer, length, config.samples, config.seed)
+    (Path(folder) / f"{name} {length}").write_bytes(pickle.dumps(made))
+
+
+class Made:
+    """A task whose samples are there."""
+
+    def __init__(self, task: Task, folder: str) -> None:
+        self.name, self.judge, self.facts = task.name, task.judge, task.facts
+        self._folder = folder
+
+    def samples(self, tokenizer: Any, length: int | None, count: int, seed: int) -> list[Sample]:
+        return _read(Path(self._folder) / f"{self.name} {length}")[:count]
 
 
 @functools.cache
-def pretrained() -> tuple[Any, Any]:
-    return recovery.pretrained()
+def _read(path: Path) -> list[Sample]:
+    found: list[Sample] = pickle.loads(path.read_bytes())
+    return found
 
 
 def result(cell: Cell) -> Result:
@@ -134,6 +182,15 @@ def result(cell: Cell) -> Result:
 # --- what is printed ------------------------------------------------------------------------------------------
 
 
+def ranked(results: list[Result], config: Config) -> list[Result]:
+    """By window, configuration, task and length."""
+    order = ["full", *config.compared]
+    return sorted(
+        results,
+        key=lambda r: (r.window or 0, order.index(r.configuration), config.tasks.index(r.task), r.length),
+    )
+
+
 def line(r: Result) -> str:
     p = "" if r.p is None else f"  p {r.p:.3f}"
     where = f"{r.configuration:<30} W {r.window!s:<5} {r.task:<16} {r.length:>5}"
@@ -145,25 +202,26 @@ def shown(r: Result) -> str:
 
 
 def table(results: list[Result]) -> Table:
-    """Scores in percent; a star where they differ from those of full attention with p below 0.01."""
+    """Scores in percent, by length; a star where they differ from those of full attention with p below 0.01."""
     view = Table("configuration", "W")
-    columns = list(dict.fromkeys((r.task, r.length) for r in results))
-    for task, length in columns:
-        view.add_column(f"{task} {length}", justify="right")
-    view.add_column("needles", justify="right")
+    lengths = sorted({r.length for r in results})
+    tasks = list(dict.fromkeys(r.task for r in results))
+    for task in tasks:
+        view.add_column(f"{task}, {' '.join(map(str, lengths))}", justify="right")
+    view.add_column("needles, mean", justify="right")
     for name, window in dict.fromkeys((r.configuration, r.window) for r in results):
         own = {(r.task, r.length): r for r in results if (r.configuration, r.window) == (name, window)}
+        cells = [" ".join(cell(own.get((task, length))) for length in lengths) for task in tasks]
         scores = [r.value for r in own.values() if r.metric == "score"]
-        cells = [cell(own[column]) for column in columns]
-        view.add_row(name, str(window or ""), *cells, f"{100 * sum(scores) / len(scores):.1f}")
+        view.add_row(name, str(window or ""), *cells, f"{100 * sum(scores) / len(scores):.1f}" if scores else "")
     return view
 
 
-def cell(r: Result) -> str:
+def cell(r: Result | None) -> str:
+    if r is None:
+        return "-"
     star = "*" if r.p is not None and r.p < 0.01 else ""
-    if r.metric == "perplexity":
-        return f"{r.value:.2f}{star}"
-    return f"{100 * r.value:.1f}{star} ({100 * r.low:.0f}-{100 * r.high:.0f})"
+    return f"{r.value:.2f}{star}" if r.metric == "perplexity" else f"{100 * r.value:.0f}{star}"
 
 
 def plot(data: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,6 @@
 """Which layers of a real model stay full: odd, even, and those that `swaa_flex.analysis` chooses.
 
-    python benchmarks/layer_choice.py [--quick] [--out docs/benchmarks]
+    python benchmarks/layer_choice.py [--quick] [--out docs/benchmarks] [--resume]
 
 SmolLM2-135M-Instruct with a window in all layers but a budget of full ones, full-attention decode and a dense tail.
 Layers are chosen on the training part of `retrieval.py`, by retrieval prompts with the answers that full attention
@@ -50,8 +50,8 @@ class Config:
     scored: int = 256  # tokens after them
     texts: int = 24  # of each prefix and kind
     seed: int = 0
-    tokens_at_once: int = 100_000
-    processes: int = 7  # of each device
+    at_once: int = 50  # prompts or texts; one size, as kernels are compiled for each
+    processes: int = 7  # of each device; one takes about 9 GiB
 
     @property
     def beyond(self) -> int:
@@ -76,7 +76,7 @@ QUICK = Config(
     prefixes=(256,),
     scored=16,
     texts=2,
-    tokens_at_once=2000,
+    at_once=4,
     processes=1,
 )
 
@@ -96,22 +96,36 @@ class Result:
 
 
 def main() -> None:
-    given = runner.arguments(__doc__).parse_args()
+    given = runner.arguments(__doc__, resumes=True).parse_args()
     config = QUICK if given.quick else Config()
-    report = runner.Report(f"layer_choice_{runner.device()}", config, line, given.out)
-    with runner.Pool(config.processes) as pool:
+    report = runner.Report(f"layer_choice_{runner.device()}", config, line, given.out, resume=given.resume)
+    to_choose = [by for by in reversed(config.chosen_by) if not report.has(named(config, *by))]
+    to_score = [result for result in given_layers(config) if not report.has([result])]
+    with recovery.model_folder(), runner.Pool(config.processes) as pool:
+        pool.submit(recovery.unpack).result()
         # What takes longest first; what is chosen is scored at once, so that results come early.
-        running: set[Future[Any]] = {pool.submit(chosen, config, *by) for by in reversed(config.chosen_by)}
-        running |= {pool.submit(scored, config, result) for result in given_layers(config)}
+        running: dict[Future[Any], list[Result]] = {}
+        running |= {pool.submit(chosen, config, *by): named(config, *by) for by in to_choose}
+        running |= {pool.submit(scored, config, result): [result] for result in to_score}
         while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for result in (future.result() for future in done):
-                if isinstance(result, Result):
-                    report.add(result)
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                what = running.pop(future)
+                error = future.exception()
+                if error is not None:  # the process itself died
+                    for result in what:
+                        report.add(replace(result, note=noted(error)))
+                elif isinstance(future.result(), Result):
+                    report.add(future.result())
                 else:
-                    running |= {pool.submit(scored, config, choice) for choice in result}
+                    running |= {pool.submit(scored, config, choice): [choice] for choice in future.result()}
     report.results[:] = ranked(report.results)
     report.close(table(report.results), plot)
+
+
+def named(config: Config, method: str, calibration: str) -> list[Result]:
+    """What is to be chosen."""
+    return [Result(f"{method}, {calibration}", budget) for budget in config.budgets]
 
 
 def given_layers(config: Config) -> list[Result]:
@@ -129,7 +143,7 @@ def given_layers(config: Config) -> list[Result]:
 
 def chosen(config: Config, method: str, calibration: str) -> list[Result]:
     """The layers for each budget."""
-    name = f"{method}, {calibration}"
+    wanted = named(config, method, calibration)
     try:
         model, _ = recovery.pretrained()
         pairs = calibration_pairs(config, calibration)
@@ -142,18 +156,18 @@ def chosen(config: Config, method: str, calibration: str) -> list[Result]:
             else:
                 losses = evaluations(method, 30, max(config.budgets))
                 search = sensitivity if method == "sensitivity" else greedy
-                loss, path = AnswerLoss(pairs), Path(folder) / "losses.json"
+                loss, path = AnswerLoss(pairs, config.at_once), Path(folder) / "losses.json"
                 choices = [
                     search(model, loss, config.with_full(), budget, path=path, progress=False)
                     for budget in config.budgets
                 ]
         took = time.perf_counter() - start
         return [
-            Result(name, budget, tuple(sorted(choice.order)), losses=losses, choosing_s=took)
-            for budget, choice in zip(config.budgets, choices, strict=True)
+            replace(result, layers=tuple(sorted(choice.order)), losses=losses, choosing_s=took)
+            for result, choice in zip(wanted, choices, strict=True)
         ]
     except Exception as error:  # what cannot run is a result
-        return [Result(name, budget, note=noted(error)) for budget in config.budgets]
+        return [replace(result, note=noted(error)) for result in wanted]
 
 
 @functools.cache
@@ -214,7 +228,7 @@ def error_of_mean(scores: dict[str, float], prompts: int) -> float:
     return 1.96 * math.sqrt(sum(p * (1 - p) / prompts for p in scores.values())) / len(scores)
 
 
-def noted(error: Exception) -> str:
+def noted(error: BaseException) -> str:
     traceback.print_exception(error)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160]
 

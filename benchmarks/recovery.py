@@ -1,6 +1,6 @@
 """What light fine-tuning recovers: a real model before and after, in every configuration of the method.
 
-    python benchmarks/recovery.py [--quick] [--out docs/benchmarks]
+    python benchmarks/recovery.py [--quick] [--out docs/benchmarks] [--resume]
 
 SmolLM2-135M-Instruct answers retrieval prompts and reads text that no training saw; see `retrieval.py`. A score is the
 fraction of greedy answers that contain the key. Perplexity is that of tokens after a long prefix, which is a prompt:
@@ -16,12 +16,14 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import os
 import random
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import Future, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -71,8 +73,8 @@ class Config:
     seed: int = 0
     compared: tuple[str, ...] = NAMES
     tuned: tuple[tuple[str, str], ...] = TUNED
-    tokens_at_once: int = 100_000
-    processes: int = 7  # of each device
+    at_once: int = 50  # prompts or texts; one size, as kernels are compiled for each
+    processes: int = 6  # of each device; a tuning takes about 11 GiB
 
     @property
     def beyond(self) -> int:
@@ -93,7 +95,7 @@ QUICK = Config(
     gradient_accumulation=1,
     compared=("naive", "sinks, FA decode", "balanced", "quality"),
     tuned=(("quality", "ce"), ("quality", "kl")),
-    tokens_at_once=2000,
+    at_once=4,
     processes=1,
 )
 
@@ -140,27 +142,39 @@ def main() -> None:
     report = runner.Report(
         f"recovery_{runner.device()}", config, line, given.out, {"configurations": swaa}, resume=given.resume
     )
-    with runner.Pool(config.processes) as pool:
-        examples, facts = pool.submit(training_examples, config).result()
+    plain = [job for job in untuned(config) if not report.has([job.named])]
+    to_tune = [job for job in to_be_tuned(config) if not report.has([job.named])]
+    with model_folder(), runner.Pool(config.processes) as pool:
+        pool.submit(unpack).result()
+        making = pool.submit(training_examples, config)
+        # The other processes need not wait for the examples. Then what takes longest comes first.
+        running = {pool.submit(work, job): job for job in plain[: pool.size - 1]}
+        examples, facts = making.result()
         report.facts["examples"] = facts
         report.console.print(", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
-        left = [job for job in jobs(config, examples) if not report.has([job.named])]
-        for done in as_completed([pool.submit(work, job) for job in left]):
-            report.add(done.result())
+        to_tune = [replace(job, examples=examples) for job in to_tune]
+        running |= {pool.submit(work, job): job for job in [*to_tune, *plain[pool.size - 1 :]]}
+        for done in as_completed(running):
+            report.add(outcome(done, running[done]))
     report.results[:] = ranked(relative(report.results), config)
     report.close(table(report.results), plot)
 
 
-def jobs(config: Config, examples: list[Example]) -> Iterator[Job]:
-    """Full attention first, then what takes longest."""
-    yield Job(config, "full", None)
-    for window in config.windows:
-        for name, objective in reversed(config.tuned):
-            yield Job(config, name, window, objective, examples)
-    yield Job(config, "full", None, "ce", examples)
-    for window in config.windows:
-        for name in config.compared:
-            yield Job(config, name, window)
+def untuned(config: Config) -> list[Job]:
+    """Full attention first, by which the others are measured."""
+    windowed = [Job(config, name, window) for window in config.windows for name in config.compared]
+    return [Job(config, "full", None), *windowed]
+
+
+def to_be_tuned(config: Config) -> list[Job]:
+    """KL first, which takes longest: it asks a teacher as well."""
+    of_windows = [Job(config, name, window, how) for name, how in reversed(config.tuned) for window in config.windows]
+    return [*of_windows, Job(config, "full", None, "ce")]
+
+
+def outcome(done: Future[Result], job: Job) -> Result:
+    error = done.exception()
+    return done.result() if error is None else failed(job, error)  # the process itself died
 
 
 # --- one configuration ----------------------------------------------------------------------------------------
@@ -208,14 +222,47 @@ def work(job: Job) -> Result:
         )
     except Exception as error:  # what cannot run is a result
         traceback.print_exc()
-        return replace(job.named, note=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160])
+        return failed(job, error)
+
+
+def failed(job: Job, error: BaseException) -> Result:
+    return replace(job.named, note=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160])
+
+
+MODEL = "SWAA_FLEX_BENCHMARK_MODEL"
+
+
+@contextmanager
+def model_folder() -> Iterator[None]:
+    """A folder where `unpack` puts the model: a temporary one, if no environment variable names one to keep."""
+    if MODEL in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[MODEL] = f"{folder}/model"
+        try:
+            yield
+        finally:
+            del os.environ[MODEL]
+
+
+def unpack() -> None:
+    """Reads the GGUF file once for all processes, as that takes half a minute."""
+    folder = Path(os.environ[MODEL])
+    if folder.exists():
+        return
+    model, tokenizer = load(installed())
+    part = folder.with_name(f"{folder.name}.part")
+    for saved in (model.to(torch.bfloat16 if runner.device() == "cuda" else torch.float32), tokenizer):
+        saved.save_pretrained(part)
+    part.rename(folder)
 
 
 @functools.cache
 def pretrained() -> tuple[Any, Any]:
-    model, tokenizer = load(installed())
+    model, tokenizer = load(os.environ[MODEL])
     tokenizer.padding_side = "left"
-    return model.to(torch.bfloat16 if runner.device() == "cuda" else torch.float32), tokenizer
+    return model, tokenizer
 
 
 def tuned(model: Any, tokenizer: Any, job: Job) -> Any:
@@ -245,9 +292,8 @@ def score(model: Any, tokenizer: Any, config: Config, task: str, length: int) ->
 def answered(model: Any, tokenizer: Any, config: Config, prompts: Sequence[retrieval.Prompt]) -> list[list[int]]:
     """Greedy answers, each up to the token that ends it."""
     answers = []
-    at_once = max(1, config.tokens_at_once // max(len(p.input_ids) for p in prompts))
-    for first in range(0, len(prompts), at_once):
-        ids = [p.input_ids for p in prompts[first : first + at_once]]
+    for first in range(0, len(prompts), config.at_once):
+        ids = [p.input_ids for p in prompts[first : first + config.at_once]]
         batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
         with swaa_flex.prompt([len(i) for i in ids]):
             out = model.generate(
@@ -261,9 +307,8 @@ def answered(model: Any, tokenizer: Any, config: Config, prompts: Sequence[retri
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, config: Config, kind: str, prefix: int) -> float:
     texts = retrieval.windows(tokenizer, "held out", kind, prefix + config.scored, config.texts)
-    at_once = max(1, config.tokens_at_once // (prefix + config.scored))
     losses = []
-    for batch in torch.tensor(texts, device=model.device).split(at_once):
+    for batch in torch.tensor(texts, device=model.device).split(config.at_once):
         with swaa_flex.prompt(prefix):
             logits = model(batch, logits_to_keep=config.scored + 1, use_cache=False).logits[:, :-1]
         losses.append(F.cross_entropy(logits.float().flatten(0, 1), batch[:, prefix:].flatten(), reduction="none"))
@@ -408,7 +453,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[1].set_xscale("log")
     axes[1].xaxis.set_major_formatter("{x:.3g}")
-    axes[1].xaxis.set_minor_formatter("{x:.2g}")
+    axes[1].xaxis.set_minor_formatter("{x:.3g}")
     axes[0].set_yticks(range(len(rows)), [f"{name}, W {window}" if window else name for name, window in rows])
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")

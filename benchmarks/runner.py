@@ -13,6 +13,8 @@ import json
 import multiprocessing
 import os
 import platform
+import queue
+import re
 import statistics
 import sys
 import threading
@@ -20,7 +22,8 @@ import time
 import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
@@ -91,28 +94,59 @@ def run(jobs: Sequence[Job], report: Report, *, processes: int = 12, headroom_gi
 
 
 class Pool:
-    """So many processes for each device, where speed does not matter: they share it, and what they compile."""
+    """So many processes for each device, where speed does not matter: they share it, and what they compile.
+
+    Calls begin in the order of `submit`, each in the next process that is free, on whatever device.
+    """
 
     def __init__(self, processes: int) -> None:
         gpus = _gpus()
-        threads = max(1, (os.cpu_count() or 1) // (processes * len(gpus)))
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+        self.size = processes * len(gpus)
+        self._compute_threads = max(1, (os.cpu_count() or 1) // self.size)
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(self._compute_threads))
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-        spawn = multiprocessing.get_context("spawn")
-        self.pools = {gpu: ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (threads,)) for gpu in gpus}
-        self._turns = itertools.cycle(gpus)
+        self._free: queue.SimpleQueue[tuple[str, ProcessPoolExecutor]] = queue.SimpleQueue()
+        for gpu in gpus * processes:
+            self._free.put((gpu, self._process()))
+        self._threads = ThreadPoolExecutor(self.size)
 
     def submit(self, call: Callable[..., Any], *args: Any) -> Future[Any]:
-        gpu = next(self._turns)
-        with _only(gpu):  # this starts a process, if none waits
-            return self.pools[gpu].submit(call, *args)
+        return self._threads.submit(self._run, call, *args)
 
     def __enter__(self) -> Pool:
+        for _ in range(self.size):  # imports take as long as many a job
+            self.submit(device)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for pool in self.pools.values():
-            pool.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
+        for _ in range(self.size):
+            self._free.get()[1].shutdown()
+
+    def _run(self, call: Callable[..., Any], *args: Any) -> Any:
+        gpu, process = self._free.get()
+        try:
+            with _only(gpu):  # this starts the process, if it is new
+                future = process.submit(_releasing, call, *args)
+            return future.result()
+        except BrokenProcessPool:  # it died, of too little memory perhaps; the next call gets another one
+            process = self._process()
+            raise
+        finally:
+            self._free.put((gpu, process))
+
+    def _process(self) -> ProcessPoolExecutor:
+        spawn = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, spawn, torch.set_num_threads, (self._compute_threads,))
+
+
+def _releasing(call: Callable[..., Any], *args: Any) -> Any:
+    """Leaves no memory of the device cached, which the processes beside this one may need."""
+    try:
+        return call(*args)
+    finally:
+        if device() == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _run_wave(wave: list[Job], report: Report, gpu: str) -> None:
@@ -211,14 +245,14 @@ class Report:
     out: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # of the machine, or of this run
     results: list[Any] = field(default_factory=list)
-    resume: bool = False  # go on with the file of an interrupted run on this machine
+    resume: bool = False  # go on with the file of an interrupted run on such a machine
 
     def __post_init__(self) -> None:
         self.console = Console(width=140)
         self._lock = threading.Lock()
         self._measured: list[dict[str, Any]] = []
         if self.resume and self.path and self.path.exists():
-            found, own = json.loads(self.path.read_text()), json.loads(json.dumps(self.data()))
+            found, own = (_without_count(data) for data in (json.loads(self.path.read_text()), self.data()))
             if all(found[name] == own[name] for name in ("machine", "versions", "config")):
                 self._measured = [result for result in found["results"] if not result.get("note")]
         facts = ", ".join(f"{name} {value}" for name, value in self.facts.items() if not isinstance(value, dict))
@@ -234,7 +268,8 @@ class Report:
         """Whether an interrupted run has measured what these name, by the fields that are set; then it is added."""
         found = []
         for result in results:
-            named = {n: v for n, v in asdict(result).items() if n != "note" and v not in (None, {}, ())}
+            fields = json.loads(json.dumps(asdict(result)))  # lists for tuples, as what was measured has them
+            named = {n: v for n, v in fields.items() if n != "note" and v not in (None, {}, [])}
             same = [type(result)(**m) for m in self._measured if named.items() <= m.items()]
             if not same:
                 return False
@@ -278,6 +313,11 @@ class Report:
         if self.path and plot:
             plot(data, self.path.with_suffix(".png"))
         print(json.dumps(data))
+
+
+def _without_count(data: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back, whatever the number of GPUs: a run on one may go on where there are two."""
+    return json.loads(json.dumps(data | {"machine": re.sub(r"^\d+ x ", "", data["machine"])}))
 
 
 def _arguments() -> Iterator[str]:

@@ -264,6 +264,15 @@ def test_answers_are_read_as_generated_ones():
         assert loss(swaa_flex.adapt(model, slides)) != pytest.approx(full, rel=1e-4)
 
 
+def test_a_batch_of_answers_has_the_loss_of_its_pairs(model):
+    pairs = [(torch.randint(3, 99, (n,)).tolist(), torch.randint(3, 99, (m,)).tolist()) for n, m in ((40, 5), (33, 1))]
+    swaa_flex.adapt(model, CONFIG)
+    with torch.no_grad():
+        alone = AnswerLoss(pairs)(model)
+        for batch_size in (2, 3):
+            assert AnswerLoss(pairs, batch_size)(model) == pytest.approx(alone, rel=1e-5)
+
+
 def test_other_answers_have_another_fingerprint():
     pairs = [([1, 2, 3], [4]), ([1, 2], [3, 4])]
     assert len({AnswerLoss([pair]).fingerprint for pair in pairs}) == 2
@@ -350,6 +359,7 @@ def test_a_configuration_without_a_window_is_refused(method, model):
         (lambda model: evaluations("greddy", 4, 2), "did you mean 'greedy'"),
         (lambda model: AnswerLoss([]), "at least one pair"),
         (lambda model: AnswerLoss([([1], [])]), "neither of them empty"),
+        (lambda model: AnswerLoss([([1], [2])], 0), "batch_size=0: expected at least 1"),
         (lambda model: AnswerLoss.of_texts([[1, 2]], 2), "neither of them empty"),
     ],
 )

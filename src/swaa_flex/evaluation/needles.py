@@ -6,6 +6,7 @@ are distractors, with one value or several, and variable tracking.
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 from abc import abstractmethod
@@ -86,6 +87,7 @@ class _Haystack:
         begin = _sentence_end(haystack, draw.randrange(len(haystack)))
         endless = f"{haystack[begin:]} {haystack[:begin]} "
 
+        @functools.cache  # the last one looked at is the one that is taken
         def prompt(chars: int) -> tuple[tuple[int, ...], str]:
             text = (endless * (chars // len(endless) + 1))[:chars]
             content = f"{INTRODUCTION}\n\n{_with_needles(text, needles, depths)}\n\n{question}"

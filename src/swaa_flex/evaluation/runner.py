@@ -107,6 +107,7 @@ def evaluate(
         memory = _Memory(bar.console)
         for task, length in rows:
             samples = _samples(task, tokenizer, length, count, seed)
+            keys = {sample.id: key(sample) for sample in samples}
             compute = partial(scoring.results, model, tokenizer, task)
             facts = {"task": task.name, "length": length, "facts": task.facts(), **depends_on}
             stores = {  # by configuration, so that one with two names is measured once
@@ -119,11 +120,11 @@ def evaluate(
                 finished = store.read()
                 for batch in _batches(samples, batch_size):
                     if next(turns) % state.num_processes == state.process_index:
-                        new = [sample for sample in batch if key(sample) not in finished]
+                        new = [sample for sample in batch if keys[sample.id] not in finished]
                         for part in memory.parts(new, compute):
                             store.append(*part)
                     bar.advance(ONLY, len(batch))
-            measured.append(_Measured(task.name, length, [key(sample) for sample in samples], stores))
+            measured.append(_Measured(task.name, length, list(keys.values()), stores))
     state.wait_for_everyone()
     summary = _summary(model, seed, chosen, measured)
     if state.is_main_process:

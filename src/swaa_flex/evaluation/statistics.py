@@ -63,7 +63,8 @@ def bootstrap(values: Tensor, statistic: Callable[[Tensor], Tensor], seed: int =
     values = values.double()
     size = (AT_ONCE, len(values))
     draws = (torch.randint(len(values), size, generator=generator) for _ in range(0, RESAMPLES, AT_ONCE))
-    means = torch.cat([values[drawn].mean(1) for drawn in draws])
+    # The same as `values[drawn]`, in a fraction of the time.
+    means = torch.cat([values.index_select(0, drawn.flatten()).view(*size, -1).mean(1) for drawn in draws])
     level = _expanded(len(values))
     low, high = statistic(means).quantile(torch.tensor([level, 1 - level], dtype=torch.float64)).tolist()
     return Interval(low, high)
