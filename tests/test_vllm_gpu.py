@@ -16,21 +16,15 @@ if not torch.cuda.is_available():
 pytest.importorskip("vllm", reason="needs the package vllm: pip install '.[vllm]'")
 
 from test_models import tiny  # noqa: E402
+from test_vllm_engine import RECIPES  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 import swaa_flex  # noqa: E402
-from swaa_flex import ConfigError, SWAAConfig  # noqa: E402
+from swaa_flex import ConfigError  # noqa: E402
 
 NEW = 24
 ROUNDING, MEAN_ERROR = 0.3, 0.1  # of log-probabilities, by bfloat16 in two engines
 LENGTHS = (1, 17, 63, 64, 200, 413, 700, 1001)
-RECIPES = {
-    "all SWA": SWAAConfig(64, 4, (), False, 0),
-    "1/2 full": SWAAConfig(64, 4, "1::2", False, 0),
-    "FA decode": SWAAConfig(64, 4, (), True, 0),
-    "dense tail": SWAAConfig(64, 4, (), True, 16),
-    "dense tail, no FA decode": SWAAConfig(64, 4, "1::2", False, 16),
-}
 
 
 @pytest.fixture(scope="module")

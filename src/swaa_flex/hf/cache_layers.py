@@ -189,9 +189,8 @@ class StaticSinksAndWindowLayer(StaticLayer):
             self.keys[batch, :, slot] = key_states[:, :, 0]
             self.values[batch, :, slot] = value_states[:, :, 0]
             return self.keys, self.values
-        self.layout = (self.sink_tokens, self.start_of_window(seen), False)
-        start = self.layout[1]
-        assert isinstance(start, Tensor)
+        start = self.start_of_window(seen)
+        self.layout = (self.sink_tokens, start, False)
         tail = self._slot_of(start[:, None] + torch.arange(self.sliding_window - 1, device=start.device))
         sinks = torch.arange(self.sink_tokens, device=tail.device).expand(tail.shape[0], -1)
         slots = torch.cat([sinks, tail], dim=1)

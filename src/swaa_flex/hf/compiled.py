@@ -269,14 +269,15 @@ class CompiledModel:
         lengths = torch.tensor([len(prompts[min(i, len(prompts) - 1)]) for i in range(self.batch_size)])
         self.cache.reset()
         self.lengths.copy_(lengths)
-        self.first.copy_(columns - lengths)
+        first = columns - lengths
+        self.first.copy_(first)
         self.cache.start(self.first)
         done = 0
         logits = None
         for size in sizes:
             # Flattened, as a slice of one row counts as contiguous with any stride, and each would be compiled.
             chunk = ids[:, done : done + size].flatten().view(-1, size)
-            known = (done, size, columns - lengths, lengths)
+            known = (done, size, first, lengths)
             with PromptChunk(self.model, self.cache, *known) if self._outside_graph else nullcontext():
                 logits = self._prefill_chunk(self, chunk)
             done += size
