@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensor_parallel import CACHES, RECIPES, answers
+from generate_in_processes import CACHES, RECIPES, answers
 from test_models import SIZE, batch, tiny
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ def run_in_processes(name: str, *arguments: object, timeout: float = 240, **envi
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_a_model_sharded_by_tensor_parallelism_generates_what_one_process_does(saved, tmp_path):
-    run_in_processes("tensor_parallel.py", saved, tmp_path)
+    run_in_processes("generate_in_processes.py", saved, tmp_path)
     whole = answers(saved)
     heads, layers = SIZE["num_key_value_heads"], SIZE["num_hidden_layers"]
     for rank in range(PROCESSES):
