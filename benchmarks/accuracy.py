@@ -42,7 +42,7 @@ class Config:
     seed: int = 0
     compared: tuple[str, ...] = recovery.NAMES
     processes: int = 7  # of each device, if they fit
-    gib: float = 16  # of device memory for each process
+    gib: float = 16  # that each takes of it
 
 
 QUICK = Config((64,), (384,), ("niah_single", "ppl"), 4, 4, 0, ("naive", "balanced"), 1)
@@ -75,7 +75,7 @@ def main() -> None:
         recovery.model_folder(),
         tempfile.TemporaryDirectory() as made,
         tempfile.TemporaryDirectory() if given.samples is None else nullcontext(given.samples) as answered,
-        runner.Pool(max(1, min(config.processes, int(runner.capacity_gib() / config.gib)))) as pool,
+        runner.Pool(config.processes, config.gib) as pool,
     ):
         pool.submit(recovery.unpack).result()
         # What takes longest first. All configurations have the same samples, so they are made once.

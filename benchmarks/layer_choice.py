@@ -51,7 +51,8 @@ class Config:
     texts: int = 24  # of each prefix and kind
     seed: int = 0
     at_once: int = 50  # prompts or texts; one size, as kernels are compiled for each
-    processes: int = 7  # of each device; one takes about 9 GiB
+    processes: int = 7  # of each device, if they fit
+    gib: float = 10  # that each takes of it
 
     @property
     def beyond(self) -> int:
@@ -101,7 +102,7 @@ def main() -> None:
     report = runner.Report(f"layer_choice_{runner.device()}", config, line, given.out, resume=given.resume)
     to_choose = [by for by in reversed(config.chosen_by) if not report.has(named(config, *by))]
     to_score = [result for result in given_layers(config) if not report.has([result])]
-    with recovery.model_folder(), runner.Pool(config.processes) as pool:
+    with recovery.model_folder(), runner.Pool(config.processes, config.gib) as pool:
         pool.submit(recovery.unpack).result()
         # What takes longest first; what is chosen is scored at once, so that results come early.
         running: dict[Future[Any], list[Result]] = {}

@@ -74,7 +74,8 @@ class Config:
     compared: tuple[str, ...] = NAMES
     tuned: tuple[tuple[str, str], ...] = TUNED
     at_once: int = 50  # prompts or texts; one size, as kernels are compiled for each
-    processes: int = 6  # of each device; a tuning takes about 11 GiB
+    processes: int = 6  # of each device, if they fit
+    gib: float = 12  # that each takes of it
 
     @property
     def beyond(self) -> int:
@@ -144,7 +145,7 @@ def main() -> None:
     )
     plain = [job for job in untuned(config) if not report.has([job.named])]
     to_tune = [job for job in to_be_tuned(config) if not report.has([job.named])]
-    with model_folder(), runner.Pool(config.processes) as pool:
+    with model_folder(), runner.Pool(config.processes, config.gib) as pool:
         pool.submit(unpack).result()
         making = pool.submit(training_examples, config)
         # The other processes need not wait for the examples. Then what takes longest comes first.

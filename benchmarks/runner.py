@@ -96,11 +96,13 @@ def run(jobs: Sequence[Job], report: Report, *, processes: int = 12, headroom_gi
 class Pool:
     """So many processes for each device, where speed does not matter: they share it, and what they compile.
 
-    Calls begin in the order of `submit`, each in the next process that is free, on whatever device.
+    Calls begin in the order of `submit`, each in the next process that is free, on whatever device. There are fewer
+    processes if each takes so much memory that they would not fit.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, gib: float) -> None:
         gpus = _gpus()
+        processes = max(1, min(processes, int(capacity_gib() / gib)))
         self.size = processes * len(gpus)
         self._compute_threads = max(1, (os.cpu_count() or 1) // self.size)
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(self._compute_threads))

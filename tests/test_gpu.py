@@ -1,6 +1,8 @@
 """The CUDA backends against the float64 oracle and the chunked backend. Run with `pytest -m gpu`."""
 
 import dataclasses
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -85,6 +87,19 @@ def oracle(query, key, value, mask, q_offset=0, **kwargs):
         return dense_attention(query, key, value, visible, **kwargs)
 
 
+@contextmanager
+def no_synchronisation():
+    """Raises where the host waits for the device."""
+    torch.cuda.synchronize()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)  # the first time
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def close(ours, expected, dtype):
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(ours.double(), expected, atol=tolerance, rtol=tolerance)
@@ -164,12 +179,8 @@ def test_a_forward_does_not_synchronise(backend):
     ids = torch.randint(3, 99, (1, 700), device="cuda")
     with torch.no_grad():
         model(ids)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             model(ids)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -277,18 +288,13 @@ def test_block_lists_equal_create_block_mask():
         assert torch.equal(mine * used, theirs * used)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_building_and_planning_do_not_synchronise():
     masks = [on_cuda(name) for name in NAMES]
     offset = torch.tensor(100, device="cuda")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for mask in masks:
             swaa_flex.plan(mask, LENGTH, LENGTH, batch=2, heads=4, device="cuda", backend="triton", needs_grad=True)
             swaa_flex.plan(mask, 1, LENGTH, batch=2, heads=4, device="cuda", backend="triton", q_offset=offset)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -426,14 +432,15 @@ def test_compiled_model_never_compiles_again_and_equals_eager(family, config):
         assert torch.equal(ours, eager[:, inputs["input_ids"].shape[1] :])
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("config", CACHE_RECIPES, ids=repr)
-def test_compiled_prefill_in_half_precision(backend, config):
-    """In the kernels of large heads, over several chunks."""
+def test_compiled_prefill_in_half_precision(backend, config, rows):
+    """In the kernels of large heads, over several chunks; a sequence alone is not padded."""
     model = tiny("llama", head_dim=128).to("cuda", torch.bfloat16)
     swaa_flex.adapt(model, dataclasses.replace(config, backend=backend))
-    compiled = swaa_flex.compile(model, max_length=1300, batch_size=2, prefill_chunk=1024)
-    inputs = padded(1280, 13)
+    compiled = swaa_flex.compile(model, max_length=1300, batch_size=rows, prefill_chunk=512)
+    inputs = {name: tensor[-rows:] for name, tensor in padded(1280, 13).items()}
     with torch.no_grad():
         eager = model(**inputs, logits_to_keep=1).logits[:, -1]
         ours = compiled.prefill(**inputs)
@@ -452,13 +459,9 @@ def test_a_decode_step_does_not_synchronise():
     model = on_gpu("llama", CACHE_RECIPES[2])
     compiled = swaa_flex.compile(model, max_length=640, prefill_chunk=128)
     logits = compiled.prefill(padded(100, 3)["input_ids"][1:])
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for _ in range(5):
             logits = compiled.decode_step(logits.argmax(-1))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("config", CACHE_RECIPES, ids=repr)
