@@ -31,6 +31,8 @@ from swaa_flex.evaluation.runner import evaluate
 from swaa_flex.evaluation.sample import Sample, Task
 from swaa_flex.evaluation.summary import Cell
 
+SINGLE = ("FA decode", "half full", "dense tail")  # and sinks, which the others are combined with
+
 
 @dataclass(frozen=True)
 class Config:
@@ -40,7 +42,7 @@ class Config:
     samples: int = 200  # of each task and length
     batch_size: int = 100  # one size, as kernels are compiled for each
     seed: int = 0
-    compared: tuple[str, ...] = recovery.NAMES
+    compared: tuple[str, ...] = ("naive", *SINGLE, *recovery.NAMES[1:])
     processes: int = 7  # of each device, if they fit
     gib: float = 16  # that each takes of it
 

@@ -112,6 +112,9 @@ def configuration(name: str, window: int | None) -> SWAAConfig:
 
     parts = {
         "naive": SWAAConfig(window, 0, (), False, 0),
+        "FA decode": SWAAConfig(window, 0, (), True, 0),
+        "half full": SWAAConfig(window, 0, recipe("paper").full_attention_layers, False, 0),
+        "dense tail": SWAAConfig(window, 0, (), False, 64),
         "sinks": SWAAConfig(window, SINKS, (), False, 0),
         "sinks, FA decode": SWAAConfig(window, SINKS, (), True, 0),
         "sinks, FA decode, half full": recipe("paper"),

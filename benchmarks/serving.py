@@ -314,7 +314,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     for axis, case in zip(axes, cases, strict=True):
         rates = [next((r.tokens_per_s or 0 for r in results if (same(r), r.recipe) == (case, n)), 0) for n in names]
         axis.barh(names, rates)
-        axis.set(title=f"{case[0]:,} tokens, {case[1]} requests", xlabel="tokens/s of answers")
+        axis.set(title=f"{case[0]:,} tokens x {case[1]}", xlabel="tokens/s of answers")
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
     figure.suptitle(
