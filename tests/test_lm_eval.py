@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import subprocess
 import sys
 
 import pytest
@@ -238,3 +239,12 @@ def test_the_command_line_runs_lm_eval(folder, tmp_path, monkeypatch):
             sample["resps"], expected["local_choice"][sample["doc_id"]], strict=True
         ):
             assert float(value) == pytest.approx(other, abs=1e-6)
+
+
+def test_other_models_run_as_without_the_launcher(folder):
+    """In a process of its own: lm_eval registers its models when they are first imported, as this module has done."""
+    program = [sys.executable, "-m", "swaa_flex", "run", "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
+    model = ["--model_args", f"pretrained={folder / 'model'},attn_implementation=sdpa"]
+    task = ["--include_path", str(folder), "--tasks", "local_choice", "--limit", "2"]
+    done = subprocess.run([*program, *model, *task], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0 and "|acc" in done.stdout, done.stdout

@@ -84,6 +84,7 @@ def _refuse_missing(module: str) -> None:
 
 def _for_lm_eval(arguments: Sequence[str]) -> list[str]:
     """Registers the model `swaa_flex` with lm-evaluation-harness and takes it where `hf` would run under swaa_flex."""
+    import lm_eval.models  # noqa: F401  # lm_eval registers its own only while there are none
     from lm_eval.api.registry import model_registry
 
     model_registry.register("swaa_flex", target="swaa_flex.evaluation.harness:HarnessLM")
