@@ -1,5 +1,8 @@
 """`swaa_flex.compile`: the same tokens as an eager model, and no compilation after the warm-up."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +11,7 @@ from test_models import batch, tiny, under_reference
 from transformers import CompileConfig
 
 import swaa_flex
-from swaa_flex import ConfigError, DoesNotFitError, SWAACache, SWAAConfig
+from swaa_flex import ConfigError, DoesNotFitError, SWAACache, SWAAConfig, UnsupportedModelError
 from swaa_flex.hf import fused_linear, prompt_attention
 from swaa_flex.masks import offset
 
@@ -284,6 +287,168 @@ def test_an_interrupted_request_does_not_spoil_the_next(compiled):
     assert torch.equal(compiled.generate(ids, max_new_tokens=7), expected)
 
 
+@pytest.mark.parametrize("where", ["prefill", "decode_step"])
+def test_an_interrupted_request_is_not_gone_on_with(compiled, where, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    ids = torch.randint(3, 99, (1, 50))
+    tokens = compiled.prefill(ids).argmax(-1)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_prefill_chunk" if where == "prefill" else "_decode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compiled.prefill(ids) if where == "prefill" else compiled.decode_step(tokens)
+    with pytest.raises(ConfigError, match="1 tokens for 0 sequences; prefill comes first"):
+        compiled.decode_step(tokens)
+    compiled.prefill(ids)
+
+
+def test_prompts_are_released_before_decoding(compiled):
+    compiled = swaa_flex.compile(make("llama", RECIPES[0]), max_length=300, prefill_chunk=128)
+    logits = compiled.prefill(torch.randint(3, 99, (1, 250)))
+    per_key = 2 * 2 * 8 * 4  # keys and values, heads, head_dim, bytes
+    assert compiled.cache.memory()["window"] < 4 * per_key * (16 + 3 + 128)
+    compiled.decode_step(logits.argmax(-1))
+
+
+def test_steps_end_when_all_answers_have_ended(compiled):
+    ids = torch.randint(3, 99, (2, 50))
+    ends = compiled.generate(ids, max_new_tokens=1)[:, 0].tolist()
+    compiled.model.generation_config.eos_token_id, compiled.model.generation_config.pad_token_id = ends, 7
+    steps = []
+
+    def sample(logits):
+        steps.append(1)
+        return logits.argmax(-1)
+
+    assert compiled.generate(ids, max_new_tokens=50, sample=sample).tolist() == [[end] for end in ends]
+    assert len(steps) <= 3
+    alone = [ends[0]]  # ends one answer; the other goes on, and pads fill the first
+    compiled.model.generation_config.eos_token_id = alone
+    first, second = compiled.generate(ids, max_new_tokens=6).tolist()
+    if second[0] != ends[0]:
+        assert first[1:] == [7] * (len(first) - 1) and len(first) > 1
+
+
+def test_what_surrounds_a_request_says_nothing_of_its_prompts(nothing_compiled):
+    graphs = []
+    ids = torch.randint(3, 99, (1, 87))
+    backends = (None, counting_backend(graphs))
+    for backend in backends:
+        model = make("llama", SWAAConfig(16, 3, (), False, 5), num_hidden_layers=2)
+        chosen = []
+        for lengths in (1000, None, 40):
+            if lengths in (1000, None):  # a warm-up inside, then a new one outside
+                compiled = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend=backend)
+            with swaa_flex.prompt(lengths):
+                chosen.append([compiled.prefill(ids).clone()])
+                for token in (5, 6, 7):
+                    chosen[-1].append(compiled.decode_step(torch.tensor([token])).clone())
+        for other in chosen[1:]:
+            torch.testing.assert_close(other, chosen[0], atol=1e-5, rtol=0)
+    assert len(graphs) == 4
+
+
+def test_inference_mode_does_not_reach_into_a_request(nothing_compiled):
+    graphs = []
+    model = make("llama", RECIPES[0], num_hidden_layers=1)
+    ids = torch.randint(3, 99, (1, 60))
+    compiled = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend=counting_backend(graphs))
+    with torch.inference_mode():
+        inside = compiled.generate(ids, max_new_tokens=5)
+    assert torch.equal(compiled.generate(ids, max_new_tokens=5), inside)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("change", [swaa_flex.restore, lambda model: swaa_flex.adapt(model, "naive")])
+def test_a_model_that_runs_something_else_by_now_is_refused(compiled, change):
+    compiled.prefill([[5, 6, 7]])
+    change(compiled.model)
+    with pytest.raises(ConfigError, match=r"was compiled for SWAAConfig.*call swaa_flex.compile again"):
+        compiled.prefill([[5, 6, 7]])
+
+
+def test_weights_beside_the_fused_ones_are_noticed_too(compiled):
+    compiled.prefill([[5, 6, 7]])
+    compiled.model.lm_head = torch.nn.Linear(32, 99, bias=False)
+    with pytest.raises(ConfigError, match="weights were replaced"):
+        compiled.prefill([[5, 6, 7]])
+
+
+def test_a_compiled_model_that_is_dropped_leaves_no_cache_behind(compiled):
+    cache = weakref.ref(swaa_flex.compile(make("llama", RECIPES[0]), max_length=300, prefill_chunk=128).warmup().cache)
+    gc.collect()
+    assert cache() is None
+
+
+@pytest.mark.parametrize("family", ["stablelm", "llama"])
+def test_models_that_drop_keywords_know_where_prompts_end(family):
+    model = swaa_flex.adapt(make(family, RECIPES[0]), SWAAConfig(7, 1, (), True, 16))
+    ids = torch.randint(3, 99, (1, 200))
+    with torch.no_grad(), swaa_flex.prompt(200):
+        expected = model(ids).logits[:, -1]
+    ours = swaa_flex.compile(model, max_length=300, prefill_chunk=128).prefill(ids)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    told = [{"prompt_lengths": 150}, {"decode_rows": torch.ones(1, 200, dtype=torch.bool)}, {"labels": ids}]
+    for keywords in told:
+        if family == "llama":
+            model(ids, **keywords)
+            continue
+        with pytest.raises(UnsupportedModelError, match=r"'stablelm' does not hand keywords on.*swaa_flex.prompt"):
+            model(ids, **keywords)
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_rotations_that_change_with_the_length_are_refused(rope_type):
+    factors = {"longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, "dynamic": {"factor": 4.0}}[
+        rope_type
+    ]
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "original_max_position_embeddings": 128} | factors
+    family = {"longrope": "phi3", "dynamic": "llama"}[rope_type]
+    native = {"sliding_window": None, "original_max_position_embeddings": 128} if family == "phi3" else {}
+    model = make(family, RECIPES[0], rope_parameters=rope, **native)
+    with pytest.raises(ConfigError, match=rf"max_length=129.*beyond 128 tokens \(rope_type='{rope_type}'\)"):
+        swaa_flex.compile(model, max_length=129)
+    swaa_flex.compile(model, max_length=128).prefill([[5, 6, 7]])
+
+
+def test_a_family_that_asks_for_a_window_that_it_has_not_is_compiled(nothing_compiled):
+    """Qwen2-MoE with its default config."""
+    model = make("qwen2_moe", SWAAConfig(7, 1, (), True, 0), num_hidden_layers=1)
+    ids = torch.randint(3, 99, (1, 60))
+    compiled = torch.compile(lambda x: model(x, use_cache=False).logits, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids), model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.prefill(torch.tensor([5, 6])), r"input_ids of shape \[2\]: expected \[sequences, len\]"),
+        (lambda m: m.prefill([5, 6]), r"sequence 0 has the shape \[\]"),
+        (lambda m: m.prefill([[5.5]]), "sequence 0: expected integers, token ids, got torch.float32"),
+        (lambda m: m.prefill(torch.tensor([[True]])), "expected integers, token ids, got torch.bool"),
+        (lambda m: m.prefill(["hello"]), "sequence 0: expected token ids, got 'hello'"),
+        (lambda m: m.prefill({"input_ids": torch.ones(1, 2)}), r"generate\(\*\*inputs\)"),
+        (
+            lambda m: m.prefill(torch.ones(1, 5).long(), torch.ones(1, 4)),
+            r"shape of input_ids, \[1, 5\], got \[1, 4\]",
+        ),
+        (lambda m: m.prefill([[5, -100]]), "token ids from -100 to 5; the model has 99"),
+        (lambda m: m.prefill([[5, 99]]), "token ids from 5 to 99; the model has 99"),
+        (lambda m: m.generate([[5]], max_new_tokens=1.5), "max_new_tokens=1.5"),
+        (lambda m: m.generate([[5]], max_new_tokens=True), "max_new_tokens=True"),
+        (lambda m: m.generate([[5]], sample=lambda x: x.max(-1).values), "sample: expected a tensor of token ids"),
+        (lambda m: m.generate([[5], [6]], sample=lambda x: x.argmax()), "sample: got 1 tokens for 2 sequences"),
+        (lambda m: m.generate([[5], [6]], streamer=object()), "a streamer shows one sequence, and the request has 2"),
+        (lambda m: m.decode_step([5]), "decode_step: expected a tensor of token ids.*got list"),
+    ],
+)
+def test_what_is_no_request_is_refused_by_name(compiled, call, message):
+    with pytest.raises(ConfigError, match=message):
+        call(compiled)
+
+
 def test_requests_that_do_not_fit_are_refused_by_name(compiled):
     ids = torch.randint(3, 99, (1, 290))
     assert compiled.generate(ids, max_new_tokens=10).shape == (1, 10)
@@ -336,6 +501,14 @@ def test_too_little_memory_says_what_would_fit(monkeypatch):
 
     monkeypatch.setattr(type(compiled), "_initialise", fail)
     with pytest.raises(DoesNotFitError, match=r"max_length=100000 with batch_size=1 needs.*max_length=7808 would fit"):
+        compiled.warmup()
+    # No length helps where keys and values take no room that grows, or fit.
+    config = SWAAConfig(16, 3, (), False, 0)
+    rings = swaa_flex.compile(make("llama", config), max_length=300, prefill_chunk=128)
+    with pytest.raises(DoesNotFitError, match="a smaller prefill_chunk than 128, a smaller batch_size"):
+        rings.warmup()
+    monkeypatch.setattr("swaa_flex.hf.compiled._free_memory", lambda device: 80 << 30)
+    with pytest.raises(DoesNotFitError, match=r"80\.0 GiB were free; take a smaller prefill_chunk"):
         compiled.warmup()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -235,7 +236,7 @@ class SWAACache(Cache):
             if isinstance(layer, StaticSinksAndWindowLayer):
                 layer.expect(query_length)
         sizes = super().get_mask_sizes(query_length, layer_idx)
-        _asked.by = (self, sizes)
+        _asked.by = (weakref.ref(self), sizes)
         return sizes
 
     def reset(self) -> None:
@@ -415,12 +416,13 @@ def stored(keys: Tensor, layer_idx: object) -> Stored | None:
 def told_by_attention_mask(first: Tensor, sizes: tuple[int, int]) -> None:
     """Passes on to the cache that has just been asked for `sizes` where its sequences begin."""
     asked, _asked.by = _asked.by, None
-    if asked is not None and asked[1] == sizes:
-        asked[0]._pads.set(first)
+    cache = asked[0]() if asked is not None and asked[1] == sizes else None
+    if cache is not None:
+        cache._pads.set(first)
 
 
 class _Asked(threading.local):
-    by: tuple[SWAACache, tuple[int, int]] | None = None
+    by: tuple[weakref.ref[SWAACache], tuple[int, int]] | None = None
 
 
 _asked = _Asked()

@@ -6,8 +6,9 @@ chunk takes the smallest of a few sizes, the others are whole. On a GPU the deco
 
 from __future__ import annotations
 
+import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel
 
 from ..errors import ConfigError, DoesNotFitError
 from .cache import CACHE, SWAACache
+from .config import swaa_of
 from .fused_linear import check_projections, fuse_projections, in_compiled_model
+from .prompt import prompt, surrounding_prompt
 from .prompt_attention import PromptChunk
 
 BLOCK = 128
@@ -40,7 +43,8 @@ def compile(
         max_length: the most tokens of a request, prompt and answer together.
         batch_size: sequences that are decoded together; a request may have fewer.
         prefill_chunk: tokens of a prompt that are computed at once; a multiple of 128. Planning takes the host some
-            milliseconds a chunk, so that short chunks make a GPU wait (benchmarks/model.py).
+            milliseconds a chunk, so that short chunks make a GPU wait (benchmarks/model.py). Layers that keep every
+            key have room for one more chunk, for pads: a short one saves memory where max_length is short.
         options: of `torch.compile` for the decode step.
         backend: of `torch.compile`; None: "inductor" on a GPU, no compilation on a CPU, where it takes minutes.
 
@@ -50,10 +54,15 @@ def compile(
     Raises:
         ConfigError: if an argument makes no sense, or the model does not run swaa_flex.
 
-    Weights may change in place afterwards. If they are replaced (`model.to`, `load_state_dict(assign=True)`), requests
-    are refused: compile again.
+    Weights may change in place afterwards. If they are replaced (`model.to`, `load_state_dict(assign=True)`), or the
+    recipe is, requests are refused: compile again.
     """
     return CompiledModel(model, max_length, batch_size, prefill_chunk, options, backend)
+
+
+def _for_requests(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Without gradients; not in inference mode, whose tensors no later request could change."""
+    return functools.wraps(method)(torch.inference_mode(False)(torch.no_grad()(method)))
 
 
 class CompiledModel:
@@ -80,11 +89,14 @@ class CompiledModel:
                 raise ConfigError(f"{name}={value!r}: expected a positive number")
         if prefill_chunk % BLOCK:
             raise ConfigError(f"prefill_chunk={prefill_chunk}: expected a multiple of {BLOCK}")
+        if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
+            raise ConfigError(f"expected a causal language model of transformers, got {type(model).__name__}")
         if model.config._attn_implementation != "swaa_flex":
             raise ConfigError(
                 f"the model runs attn_implementation={model.config._attn_implementation!r}; "
                 "call swaa_flex.adapt(model, recipe) before compiling it"
             )
+        _refuse_rotations_that_change(model, max_length)
         self.model = model.eval()
         self.max_length = max_length
         self.batch_size = batch_size
@@ -106,12 +118,13 @@ class CompiledModel:
         self._outside_graph = backend is not None
         self._prefill_chunk = _compiled(_prefill_chunk, backend)
         self._decode = _compiled(_decode, backend, options)
+        self._addresses = _addresses(model)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_warm = False
 
     # --- requests ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_for_requests
     def warmup(self) -> CompiledModel:
         """Compiles everything a request can need; about a minute or two for a model of a few billion parameters.
 
@@ -128,7 +141,7 @@ class CompiledModel:
         self._is_warm = True
         return self
 
-    @torch.no_grad()
+    @_for_requests
     def prefill(self, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None = None) -> Tensor:
         """Starts a request: computes its prompts.
 
@@ -143,11 +156,11 @@ class CompiledModel:
             ConfigError: if the request has more sequences or tokens than the model was compiled for.
         """
         prompts = self._checked(input_ids, attention_mask)
-        check_projections(self.model)
+        self._check_model()
         self.warmup()
         return self._prefill(prompts)
 
-    @torch.no_grad()
+    @_for_requests
     def decode_step(self, tokens: Tensor) -> Tensor:
         """Appends one token to each sequence.
 
@@ -158,19 +171,19 @@ class CompiledModel:
             Logits of the next token, `[sequences, vocab]`; valid until the next call.
 
         Raises:
-            ConfigError: if no prompt was computed before, or max_length is reached.
+            ConfigError: if no prompt was computed before, or it was interrupted, or max_length is reached.
         """
-        if tokens.numel() != self.rows:
-            raise ConfigError(
-                f"decode_step: got {tokens.numel()} tokens for {self.rows} sequences; prefill comes first"
-            )
-        if self.room == 0:
+        rows, room = self.rows, self.room
+        _check_chosen(tokens, rows, "decode_step")
+        if room == 0:
             raise ConfigError(f"the request has reached max_length={self.max_length} tokens; compile for more")
-        self.room -= 1
-        self.tokens[: self.rows, 0] = tokens.reshape(-1)
-        return self._step()[: self.rows]
+        self.rows = self.room = 0  # an interrupted step cannot be gone on with
+        self.tokens[:rows, 0] = tokens.reshape(-1)
+        logits = self._step()[:rows]
+        self.rows, self.room = rows, room - 1
+        return logits
 
-    @torch.no_grad()
+    @_for_requests
     def generate(
         self,
         input_ids: Tensor | Sequence[Sequence[int]],
@@ -199,10 +212,12 @@ class CompiledModel:
         Raises:
             ConfigError: if the request has more sequences or tokens than the model was compiled for.
         """
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={max_new_tokens!r}: expected at least 1")
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens={max_new_tokens!r}: expected a number of tokens, at least 1")
         prompts = self._checked(input_ids, attention_mask, max_new_tokens)
-        check_projections(self.model)
+        if streamer is not None and len(prompts) > 1:
+            raise ConfigError(f"a streamer shows one sequence, and the request has {len(prompts)}: ask one by one")
+        self._check_model()
         defaults = self.model.generation_config
         eos_token_id = defaults.eos_token_id if eos_token_id is None else eos_token_id
         ends = torch.tensor([] if eos_token_id is None else eos_token_id, device=self.device).reshape(-1).long()
@@ -216,7 +231,9 @@ class CompiledModel:
         if streamer is not None:
             streamer.put(prompts[0].cpu())  # as generate of transformers does, for streamers that skip it
         for step in range(max_new_tokens):
-            tokens = logits.argmax(-1) if sample is None else sample(logits).reshape(-1)
+            tokens = logits.argmax(-1) if sample is None else sample(logits)
+            _check_chosen(tokens, len(prompts), "sample")
+            tokens = tokens.reshape(-1)
             if streamer is not None and not bool(finished.all()):
                 streamer.put(tokens.cpu())
             tokens = torch.where(finished, pad, tokens)
@@ -239,17 +256,28 @@ class CompiledModel:
     ) -> list[Tensor]:
         """The prompts one by one, without pads."""
         if isinstance(input_ids, Tensor):
+            if input_ids.dim() != 2:
+                raise ConfigError(f"input_ids of shape {list(input_ids.shape)}: expected [sequences, len]")
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            rows = [row[kept] for row, kept in zip(input_ids, real.bool(), strict=True)]
+            if not isinstance(real, Tensor) or real.shape != input_ids.shape:
+                raise ConfigError(
+                    f"attention_mask: expected a tensor of the shape of input_ids, {list(input_ids.shape)}, "
+                    f"got {list(real.shape) if isinstance(real, Tensor) else type(real).__name__}"
+                )
+            rows = [row[kept] for row, kept in zip(input_ids, real.to(input_ids.device).bool(), strict=True)]
         elif attention_mask is not None:
             raise ConfigError("attention_mask with a list of prompts: leave it out, lists have no pads")
+        elif isinstance(input_ids, Mapping):
+            raise ConfigError("input_ids: got a mapping; hand on what it holds, as in generate(**inputs)")
         else:
-            rows = [torch.as_tensor(row) for row in input_ids]
+            rows = [_as_ids(row, number) for number, row in enumerate(input_ids)]
         if not 1 <= len(rows) <= self.batch_size:
             raise ConfigError(f"a request of {len(rows)} sequences: compiled for batch_size={self.batch_size}")
         longest = max(len(row) for row in rows)
         if min(len(row) for row in rows) == 0:
             raise ConfigError("a prompt without tokens: expected at least one token in each sequence")
+        for number, row in enumerate(rows):
+            self._check_ids(row, number)
         if longest + new > self.max_length:
             asked = f" and {new} new ones" if new else ""
             raise ConfigError(
@@ -258,7 +286,33 @@ class CompiledModel:
             )
         return [row.to(self.device) for row in rows]
 
+    def _check_ids(self, row: Tensor, number: int) -> None:
+        """Refuses what are no token ids; on a GPU, reading their values would make the host wait."""
+        if row.is_floating_point() or row.dtype == torch.bool:
+            raise ConfigError(f"sequence {number}: expected integers, token ids, got {row.dtype}")
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
+            raise ConfigError(
+                f"sequence {number}: token ids from {int(row.min())} to {int(row.max())}; the model has {vocabulary}"
+            )
+
+    def _check_model(self) -> None:
+        """Refuses a model that is no longer the one that was compiled."""
+        config = self.cache.config
+        if self.model.config._attn_implementation != "swaa_flex" or swaa_of(config) != self.cache.swaa:
+            raise ConfigError(
+                f"the model was compiled for {self.cache.swaa} and now runs attn_implementation="
+                f"{self.model.config._attn_implementation!r} with {swaa_of(config)}; call swaa_flex.compile again"
+            )
+        check_projections(self.model)
+        if _addresses(self.model) != self._addresses:
+            raise ConfigError(
+                "the model's weights were replaced (moved, converted, or assigned) after it was compiled; "
+                "call swaa_flex.compile again"
+            )
+
     def _prefill(self, prompts: list[Tensor]) -> Tensor:
+        self.rows = self.room = 0  # an interrupted prompt cannot be gone on with
         longest = max(len(row) for row in prompts)
         sizes = self._chunk_sizes(longest)
         columns = sum(sizes)
@@ -278,7 +332,9 @@ class CompiledModel:
             # Flattened, as a slice of one row counts as contiguous with any stride, and each would be compiled.
             chunk = ids[:, done : done + size].flatten().view(-1, size)
             known = (done, size, first, lengths)
-            with PromptChunk(self.model, self.cache, *known) if self._outside_graph else nullcontext():
+            outside = PromptChunk(self.model, self.cache, *known) if self._outside_graph else nullcontext()
+            # Not by a keyword, which not all models hand on.
+            with prompt(self.lengths, dense_tail=surrounding_prompt().dense_tail), outside:
                 logits = self._prefill_chunk(self, chunk)
             done += size
         assert logits is not None
@@ -292,24 +348,27 @@ class CompiledModel:
 
     def _step(self) -> Tensor:
         if self._graph is None:
-            return self._decode(self)
+            with prompt():  # whatever surrounds the call: the graph of a GPU does not look
+                return self._decode(self)
         self._graph.replay()
         assert self.logits is not None
         return self.logits
 
     def _run_everything(self) -> None:
         """Each shape once."""
-        self._initialise()
-        for size in self.chunks:
-            self._prefill([torch.ones(min(size, self.max_length), dtype=torch.long, device=self.device)])
-        self._warm_decode()
+        with prompt():  # graphs remember what they are told while they are made
+            self._initialise()
+            for size in self.chunks:
+                self._prefill([torch.ones(min(size, self.max_length), dtype=torch.long, device=self.device)])
+            self._warm_decode()
         self.room = self.rows = 0
 
     def _initialise(self) -> None:
         """A forward that is not compiled lets the cache learn the shapes of keys and values."""
         ids = torch.ones(self.batch_size, BLOCK, dtype=torch.long, device=self.device)
         self.cache.reset()  # an earlier warm-up may have been interrupted
-        self.model(ids, **{CACHE: self.cache}, prompt_lengths=BLOCK, logits_to_keep=1)
+        with prompt(BLOCK):
+            self.model(ids, **{CACHE: self.cache}, logits_to_keep=1)
         self.cache.begin_decoding()
 
     def _warm_decode(self) -> None:
@@ -333,14 +392,58 @@ class CompiledModel:
         """The error for `free` bytes before anything was allocated, a fifth of them reckoned for activations."""
         per_token, fixed = self.cache.size_of(self.batch_size, self.model.dtype)
         capacity = self.cache.max_length or 0
-        fits = max(0, int((free * 0.8 - fixed) / per_token) - self.chunks[-1]) // BLOCK * BLOCK
+        needed = per_token * capacity + fixed
+        fits = int((free * 0.8 - fixed) / per_token) - self.chunks[-1] if per_token else 0
+        fits = fits // BLOCK * BLOCK
         self.cache = SWAACache(self.model.config, max_length=capacity)  # what was allocated goes
+        if 0 < fits < self.max_length:
+            way_out = f"max_length={fits} would fit"
+        else:  # they would fit, or no length of them would: the rest is too large
+            way_out = f"take a smaller prefill_chunk than {self.chunks[-1]}, a smaller batch_size, or a smaller model"
         gib = 1 << 30
         return DoesNotFitError(
-            f"max_length={self.max_length} with batch_size={self.batch_size} needs "
-            f"{(per_token * capacity + fixed) / gib:.1f} GiB of keys and values, and {free / gib:.1f} GiB were free; "
-            f"max_length={fits} would fit"
+            f"max_length={self.max_length} with batch_size={self.batch_size} needs {needed / gib:.1f} GiB of keys and "
+            f"values, and {free / gib:.1f} GiB were free; {way_out}"
         )
+
+
+def _as_ids(row: Any, number: int) -> Tensor:
+    """A sequence of a request as a tensor `[len]`."""
+    try:
+        ids = torch.as_tensor(row)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"sequence {number}: expected token ids, got {row!r:.60}") from error
+    if ids.dim() != 1:
+        raise ConfigError(f"sequence {number} has the shape {list(ids.shape)}: expected a list of token ids for each")
+    return ids
+
+
+def _check_chosen(tokens: Any, rows: int, where: str) -> None:
+    """Refuses what is not one token id for each sequence."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ConfigError(f"{where}: expected a tensor of token ids, [sequences], got {got}")
+    if tokens.numel() != rows:
+        raise ConfigError(f"{where}: got {tokens.numel()} tokens for {rows} sequences; prefill comes first")
+
+
+def _addresses(model: PreTrainedModel) -> list[int]:
+    """Where the weights lie, which is what CUDA graphs remember of them."""
+    return [getattr(parameter, "_local_tensor", parameter).data_ptr() for parameter in model.parameters()]
+
+
+def _refuse_rotations_that_change(model: PreTrainedModel, max_length: int) -> None:
+    """Refuses rotary embeddings that depend on the length so far: held keys would have to be rotated again."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        least = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+        if kind.get("rope_type") in ("dynamic", "longrope") and max_length > least:
+            raise ConfigError(
+                f"max_length={max_length}: the model rotates keys in another way beyond {least} tokens (rope_type="
+                f"{kind['rope_type']!r}), and keys of a prompt that comes in chunks are held as they were rotated; "
+                f"compile for max_length={least}, or use generate of transformers"
+            )
 
 
 def _compiled(
@@ -360,7 +463,6 @@ def _prefill_chunk(compiled: CompiledModel, ids: Tensor) -> Tensor:
         compiled,
         input_ids=ids,
         position_ids=(columns - compiled.first[:, None]).clamp(min=0),
-        prompt_lengths=compiled.lengths,
         outside_graph=compiled._outside_graph,
         logits_to_keep=1,
     )

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import MaskError
+from ..errors import MaskError, UnsupportedModelError
 from .cache import CACHE
 from .prompt import surrounding_prompt
 
 IGNORED = -100
 """The label of tokens that are not to be predicted."""
+DROPPING = frozenset({"nemotron", "stablelm"})
+"""Model types whose layers do not hand keywords of a forward on to attention (transformers 5.17 to 5.24)."""
 
 
 def decode_rows_of(labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
@@ -86,9 +88,13 @@ def _reading(forward: Any) -> Any:
     def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         labels = given.get("labels")
-        if labels is None or self.config._attn_implementation != "swaa_flex":
+        if self.config._attn_implementation != "swaa_flex":
             return forward(self, *args, **kwargs)
-        return forward(self, **_told(labels, given))
+        if labels is not None:
+            args, kwargs = (), _told(labels, given)
+        if self.config.model_type in DROPPING:
+            _refuse_what_is_dropped(self.config.model_type, kwargs)
+        return forward(self, *args, **kwargs)
 
     return wrapped
 
@@ -107,6 +113,14 @@ def _told(labels: Tensor, given: dict[str, Any]) -> dict[str, Any]:
         return given
     positions = given.get("position_ids") if padding is None else None
     return given | {"decode_rows": decode_rows_of(labels, padding, positions)}
+
+
+def _refuse_what_is_dropped(model_type: str, given: dict[str, Any]) -> None:
+    if given.get("prompt_lengths") is not None or given.get("decode_rows") is not None:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} does not hand keywords on to attention, so neither prompt_lengths= and "
+            "decode_rows= nor labels say where prompts end; put `with swaa_flex.prompt(...)` around the forward"
+        )
 
 
 def _refuse_longer(lengths: Any, tokens: int) -> None:

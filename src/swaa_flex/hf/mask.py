@@ -216,7 +216,9 @@ class ForwardMask(BlockMask):
             twin: makes the mask of the layer on the CPU, see `plan`.
         """
         config = swaa_of(self.config)
-        kind = config.resolve(self.config.num_hidden_layers)[layer]
+        if "kinds" not in self.memo:
+            self.memo["kinds"] = config.resolve(self.config.num_hidden_layers)
+        kind = self.memo["kinds"][layer]
         variant = (kind, needs_grad)
         if variant not in self.plans:
             if torch.compiler.is_compiling():

@@ -48,7 +48,7 @@ def read_native(
         # (Without cache and padding mask transformers always says packed in a compiled graph.)
         if use_vmap or mask_function.__name__ != "and_mask" or getattr(config, "attention_chunk_size", None):
             return None, False
-        return (causal() if local_size is None else causal() & window(local_size)), maybe_packed
+        return (causal() & window(local_size) if local_size else causal()), maybe_packed
     parts = set(_parts(mask_function))
     sliding = "sliding_window_overlay.<locals>.inner_mask" in parts
     if use_vmap or not parts <= _KNOWN_PARTS or (sliding and not local_size):
