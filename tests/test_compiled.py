@@ -389,6 +389,9 @@ def test_models_that_drop_keywords_know_where_prompts_end(family):
         expected = model(ids).logits[:, -1]
     ours = swaa_flex.compile(model, max_length=300, prefill_chunk=128).prefill(ids)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    if family == "stablelm":
+        with pytest.raises(UnsupportedModelError, match="'stablelm' does not hand keywords on"):
+            swaa_flex.compile(model, max_length=300, backend="eager")
     told = [{"prompt_lengths": 150}, {"decode_rows": torch.ones(1, 200, dtype=torch.bool)}, {"labels": ids}]
     for keywords in told:
         if family == "llama":

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError, DoesNotFitError
+from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from .cache import CACHE, SWAACache
 from .config import swaa_of
 from .fused_linear import check_projections, fuse_projections, in_compiled_model
+from .labels import DROPPING
 from .prompt import prompt, surrounding_prompt
 from .prompt_attention import PromptChunk
 
@@ -53,6 +54,7 @@ def compile(
 
     Raises:
         ConfigError: if an argument makes no sense, or the model does not run swaa_flex.
+        UnsupportedModelError: if its code cannot be told where prompts end.
 
     Weights may change in place afterwards. If they are replaced (`model.to`, `load_state_dict(assign=True)`), or the
     recipe is, requests are refused: compile again.
@@ -114,6 +116,11 @@ class CompiledModel:
         if backend is None and self.device.type == "cuda":
             backend = "inductor"
         if backend is not None:
+            if self.cache.config.model_type in DROPPING:
+                raise UnsupportedModelError(
+                    f"model type {self.cache.config.model_type!r} does not hand keywords on to attention, by which "
+                    "compiled prompts learn where they end; use generate of transformers"
+                )
             fuse_projections(model)
         self._outside_graph = backend is not None
         self._prefill_chunk = _compiled(_prefill_chunk, backend)
@@ -333,8 +340,9 @@ class CompiledModel:
             chunk = ids[:, done : done + size].flatten().view(-1, size)
             known = (done, size, first, lengths)
             outside = PromptChunk(self.model, self.cache, *known) if self._outside_graph else nullcontext()
-            # Not by a keyword, which not all models hand on.
-            with prompt(self.lengths, dense_tail=surrounding_prompt().dense_tail), outside:
+            # A graph is told by keyword, as torch 2.11 cannot trace this tensor. Not all models hand keywords on.
+            lengths_of_all = None if self._outside_graph else self.lengths
+            with prompt(lengths_of_all, dense_tail=surrounding_prompt().dense_tail), outside:
                 logits = self._prefill_chunk(self, chunk)
             done += size
         assert logits is not None
@@ -459,12 +467,13 @@ def _compiled(
 def _prefill_chunk(compiled: CompiledModel, ids: Tensor) -> Tensor:
     seen = compiled.cache.get_seq_length()
     columns = torch.arange(ids.shape[1], device=ids.device) + seen
+    told = {"prompt_lengths": compiled.lengths, "outside_graph": True} if compiled._outside_graph else {}
     return _last_logits(
         compiled,
         input_ids=ids,
         position_ids=(columns - compiled.first[:, None]).clamp(min=0),
-        outside_graph=compiled._outside_graph,
         logits_to_keep=1,
+        **told,
     )
 
 
