@@ -364,8 +364,10 @@ def test_inference_mode_does_not_reach_into_a_request(nothing_compiled):
 def test_a_model_that_runs_something_else_by_now_is_refused(compiled, change):
     compiled.prefill([[5, 6, 7]])
     change(compiled.model)
-    with pytest.raises(ConfigError, match=r"was compiled for SWAAConfig.*call swaa_flex.compile again"):
+    before = compiled.model.config.swaa
+    with pytest.raises(ConfigError, match=r"was compiled for SWAAConfig.*by now; call swaa_flex.adapt"):
         compiled.prefill([[5, 6, 7]])
+    assert compiled.model.config.swaa == before
 
 
 def test_weights_beside_the_fused_ones_are_noticed_too(compiled):

@@ -305,11 +305,12 @@ class CompiledModel:
 
     def _check_model(self) -> None:
         """Refuses a model that is no longer the one that was compiled."""
-        config = self.cache.config
-        if self.model.config._attn_implementation != "swaa_flex" or swaa_of(config) != self.cache.swaa:
+        implementation = self.model.config._attn_implementation
+        recipe = swaa_of(self.cache.config) if implementation == "swaa_flex" else None
+        if recipe != self.cache.swaa:
             raise ConfigError(
-                f"the model was compiled for {self.cache.swaa} and now runs attn_implementation="
-                f"{self.model.config._attn_implementation!r} with {swaa_of(config)}; call swaa_flex.compile again"
+                f"the model was compiled for {self.cache.swaa} and runs {recipe or implementation} by now; "
+                "call swaa_flex.adapt, if need be, and swaa_flex.compile again"
             )
         check_projections(self.model)
         if _addresses(self.model) != self._addresses:
