@@ -256,3 +256,14 @@ def test_an_adapted_model_compiles_with_labels(model):
         eager = model(ids, labels=labels).loss
         compiled = torch.compile(model, fullgraph=True)(ids, labels=labels).loss
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_training_under_autocast_has_the_gradients_of_plain_training():
+    model = swaa_flex.adapt(tiny("llama"), SWAAConfig(8, 2, [1], True, 4)).train()
+    ids = torch.randint(3, 99, (2, 60))
+    labels = torch.where(torch.arange(60) < 40, -100, ids)
+    plain = gradients(model, model(ids, labels=labels).loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(ids, labels=labels).loss
+    for name, gradient in gradients(model, rounded).items():
+        assert (gradient - plain[name]).norm() < 0.1 * plain[name].norm(), name

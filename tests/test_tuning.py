@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_distributed import run_in_processes
 from test_models import tiny
 from transformers import AutoModelForCausalLM
 
 import swaa_flex
-from swaa_flex import ConfigError, SWAAConfig
+from swaa_flex import ConfigError, SWAAConfig, UnsupportedModelError
 from swaa_flex.tuning import LAUNCH, Example, TuningConfig, finetune, full_attention, load_adapter, merge, train
 
 peft = pytest.importorskip("peft")
@@ -34,6 +34,22 @@ def examples(count, seed=0):
         ids = torch.randint(3, 99, (20 + number % 7,), generator=chosen).tolist()
         made.append(Example(ids + [ids[1]] * 3, [False] * len(ids) + [True] * 3))
     return made
+
+
+def uneven(count):
+    """Answers of one token and more."""
+    made = []
+    for number in range(count):
+        chosen = torch.Generator().manual_seed(number)
+        ids = torch.randint(3, 99, (20 + 3 * number,), generator=chosen).tolist()
+        made.append(Example(ids, [False] * (len(ids) - 1 - 2 * number) + [True] * (1 + 2 * number)))
+    return made
+
+
+def logged(folder, steps):
+    """The losses of the training."""
+    state = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())
+    return [line["loss"] for line in state["log_history"] if "loss" in line]
 
 
 def adapted(recipe=RECIPE):
@@ -83,9 +99,10 @@ def test_the_divergence_from_full_attention_falls(tmp_path):
 
 def test_steps_equal_a_loop_over_single_samples(tmp_path):
     """One step of a batch of 4 in two forwards is one step of the mean over their answer tokens."""
-    given = examples(4)
+    given = uneven(4)
     config = TuningConfig(max_steps=1, batch_size=2, schedule="constant", warmup_ratio=0, **FAST)
     finetune(adapted(), given, tmp_path, config=config, quiet=True)
+    assert abs(logged(tmp_path, 1)[0] - loss(adapted(), given)) < 1e-4
     ours = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
     lora = peft.LoraConfig(
@@ -106,6 +123,32 @@ def test_steps_equal_a_loop_over_single_samples(tmp_path):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=2e-3, rtol=1e-3, msg=name)
+
+
+def test_the_first_divergence_is_that_of_the_model_from_itself(tmp_path):
+    given, recipe = uneven(4), SWAAConfig(4, 0, (), False, 0)
+    config = TuningConfig("kl", max_steps=1, batch_size=2, **FAST)
+    finetune(adapted(recipe), given, tmp_path, config=config, quiet=True)
+    ours, teacher = adapted(recipe), swaa_flex.restore(adapted()).eval()
+    total = count = 0
+    with torch.no_grad():
+        for example in given:
+            ids, length = torch.tensor([example.input_ids]), example.decode_rows.index(True)
+            student = ours(ids, prompt_lengths=length).logits[:, length - 1 : -1].log_softmax(-1)
+            full = teacher(ids).logits[:, length - 1 : -1].log_softmax(-1)
+            total += float((full.exp() * (full - student)).sum())
+            count += sum(example.decode_rows)
+    assert abs(logged(tmp_path, 1)[0] - total / count) < 1e-4
+
+
+def test_scoring_held_out_examples_does_not_change_the_training(tmp_path):
+    settings = {"max_steps": 3, "batch_size": 2, **FAST | {"dropout": 0.3}}
+    losses = []
+    for name, save_steps, held_out in (("a", 1, examples(3, 1)), ("b", 3, examples(3, 1)), ("c", 3, ())):
+        config = TuningConfig(save_steps=save_steps, **settings)
+        finetune(adapted(), examples(12), tmp_path / name, held_out=held_out, config=config, quiet=True)
+        losses.append(logged(tmp_path / name, 3))
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 3
 
 
 def test_held_out_losses_are_stated_under_the_recipe_and_under_full_attention(tmp_path, capfd):
@@ -215,7 +258,7 @@ def test_a_folder_of_another_run_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("broken", ["{", "[]"])
 def test_damaged_and_foreign_folders_are_refused(tmp_path, broken):
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "run" / "run.json").write_text(broken)
     (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "file").write_text("")
@@ -244,6 +287,100 @@ def test_a_model_is_as_before_after_an_interruption_and_carries_one_adapter_only
     for again in (lambda: finetune(model, examples(2), tmp_path / "c"), lambda: load_adapter(model, tmp_path / "b")):
         with pytest.raises(ConfigError, match="carries a LoRA adapter already"):
             again()
+
+
+def test_a_model_is_trainable_again_after_an_error_and_the_folder_free(tmp_path, monkeypatch):
+    model = adapted().train()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Trainer, "training_step", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            finetune(model, examples(2), tmp_path, config=TuningConfig(batch_size=2, **FAST), quiet=True)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before and model.training
+    finetune(model, examples(2), tmp_path, config=TuningConfig(batch_size=1, max_steps=1, **FAST), quiet=True)
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"epochs": 0.5}], ids=str)
+def test_a_run_that_was_killed_before_its_adapter_takes_no_further_step(tmp_path, length, monkeypatch):
+    config = TuningConfig(schedule="constant", save_steps=1, **length, **FAST)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    whole = finetune(adapted(), examples(12), tmp_path / "whole", config=config, quiet=True).state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(adapted(), examples(12), tmp_path / "killed", config=config, quiet=True)
+    again = finetune(adapted(), examples(12), tmp_path / "killed", config=config, quiet=True).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    assert not (tmp_path / "killed" / "checkpoint-4").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "error", "message"),
+    [
+        (lambda: adapted(), {"learning_rate": float("inf")}, ConfigError, "learning_rate=inf: expected a positive"),
+        (lambda: adapted(), {"learning_rate": 1e30}, ConfigError, r"diverged.*learning_rate=1e\+30"),
+        (
+            lambda: swaa_flex.adapt(tiny("llama", tie_word_embeddings=True), RECIPE),
+            {"target_modules": ("lm_head",)},
+            ConfigError,
+            "lm_head shares its weights with the input embeddings",
+        ),
+        (
+            lambda: swaa_flex.adapt(tiny("stablelm"), RECIPE),
+            {},
+            UnsupportedModelError,
+            "'stablelm' does not hand keywords on",
+        ),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(tmp_path, model, settings, error, message):
+    with pytest.raises(error, match=message):
+        config = TuningConfig(max_steps=3, **FAST | settings)
+        finetune(model(), examples(8), tmp_path, config=config, quiet=True)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_adapters_of_other_models_and_kinds_are_refused(tmp_path):
+    """Of most of which peft only warns."""
+    finetune(adapted(), examples(2), tmp_path, config=TuningConfig(max_steps=1, **FAST), quiet=True)
+    folder = tmp_path / "adapter"
+    weights = load_file(folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"has weights of others, 12 in all, such as .*layers\.2"):
+        load_adapter(tiny("llama", num_hidden_layers=2), folder)
+    with pytest.raises(ConfigError, match=r"lacks weights of this model, 12 in all, such as .*layers\.4"):
+        load_adapter(tiny("llama", num_hidden_layers=6), folder)
+    for changed in (
+        {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()},
+        {name.lower(): tensor for name, tensor in weights.items()},
+        {name: tensor for name, tensor in weights.items() if "layers.1" not in name},
+    ):
+        save_file(changed, folder / "adapter_model.safetensors")
+        with pytest.raises(ConfigError, match="lacks weights of this model"):
+            load_adapter(tiny("llama"), folder)
+    described = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(described | {"peft_type": "IA3"}))
+    with pytest.raises(ConfigError, match="expected a LoRA adapter, got one of type IA3"):
+        load_adapter(tiny("llama"), folder)
+    other = peft.get_peft_model(tiny("llama"), peft.IA3Config(target_modules=["down_proj"], feedforward_modules=[]))
+    with pytest.raises(ConfigError, match="carries a LoRA adapter already"):
+        finetune(swaa_flex.adapt(other.base_model.model, RECIPE), examples(2), tmp_path / "other")
+
+
+def test_a_model_is_not_merged_into_a_file(tmp_path):
+    tuned = finetune(adapted(), examples(2), tmp_path, config=TuningConfig(max_steps=1, **FAST), quiet=True)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="file is a file; expected a folder"):
+        merge(tuned, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert merge(tuned, tmp_path / "merged", torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_adapters_that_do_not_fit_or_cannot_be_read_are_refused(tmp_path):

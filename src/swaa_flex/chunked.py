@@ -6,8 +6,9 @@ on the host which kv intervals the mask keeps, so it cannot be traced into a ful
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,10 +109,22 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, parts: tuple[Part, ...], s
     return out
 
 
+def _without_autocast(method: Callable[..., Any]) -> Any:
+    """Autocast would take products of float32 for ones of bfloat16."""
+
+    @functools.wraps(method)
+    def exact(ctx: Any, first: Tensor, *args: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return method(ctx, first, *args)
+
+    return exact
+
+
 class _ChunkedAttention(torch.autograd.Function):
     """Explicit softmax per chunk; the backward pass computes it again instead of keeping it."""
 
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         query: Tensor,
@@ -141,7 +154,8 @@ class _ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    @_without_autocast
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, sink_logits, out, lse = ctx.saved_tensors
         compute, heads = lse.dtype, query.shape[1]
         grad_query = torch.empty_like(query)

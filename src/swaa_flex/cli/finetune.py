@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from transformers import AutoConfig
 
 from .. import recipes
 from ..config import SWAAConfig
@@ -114,9 +115,12 @@ def merge(
 
     AutoModelForCausalLM.from_pretrained(OUT, attn_implementation="swaa_flex") loads it.
     """
+    adapters.refuse_file(out)
+    if Path(model).exists() and out.resolve() == Path(model).resolve():
+        raise ConfigError(f"{out} is the base model itself; expected another folder to write")
     loaded, tokenizer = checkpoint.load(model)
     tuned = adapters.load_adapter(loaded, adapter, None if recipe is None else _recipe(recipe))
-    adapters.merge(tuned, out)
+    adapters.merge(tuned, out, None if model.endswith(".gguf") else AutoConfig.from_pretrained(model).dtype)
     tokenizer.save_pretrained(out)
     typer.echo(f"wrote {out}")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from ..hf.adapt import adapt
 from ..hf.config import swaa_of
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -55,19 +58,24 @@ def load_adapter(
     described = _read(folder / "adapter_config.json")
     if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
         raise ConfigError(f"{folder}: the adapter has no weights (adapter_model.safetensors)")
+    if str(described.get("peft_type", "LORA")).upper() != "LORA":
+        raise ConfigError(f"{folder}: expected a LoRA adapter, got one of type {described['peft_type']}")
     recipe = _recipe(model, folder, swaa)
     try:
-        tuned: PeftModel = peft().PeftModel.from_pretrained(adapt(model, recipe), str(folder))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
+            tuned: PeftModel = peft().PeftModel.from_pretrained(adapt(model, recipe), str(folder))
     except Exception as error:  # peft and safetensors have many
         raise ConfigError(
             f"{folder}: the adapter does not fit this model ({model.config.model_type}); it is for "
             f"{described.get('base_model_name_or_path')} and its layers {described.get('target_modules')}. Load the "
             f"model again ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         ) from error
+    _refuse_other_weights(tuned, folder)
     return tuned.eval()
 
 
-def merge(tuned: PeftModel, folder: str | Path) -> PreTrainedModel:
+def merge(tuned: PeftModel, folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Folds an adapter into its base model and saves a plain one, with the recipe in its config.
 
     `AutoModelForCausalLM.from_pretrained(folder, attn_implementation="swaa_flex")` then runs it under the recipe.
@@ -75,13 +83,26 @@ def merge(tuned: PeftModel, folder: str | Path) -> PreTrainedModel:
     Args:
         tuned: what `finetune` or `load_adapter` returned; not to be used afterwards.
         folder: where to save.
+        dtype: of the weights that are saved; None for what they are.
 
     Returns:
         The merged model.
+
+    Raises:
+        ConfigError: if the folder is a file.
     """
+    refuse_file(folder)
     merged: PreTrainedModel = tuned.merge_and_unload()
+    if dtype is not None:
+        merged = merged.to(dtype)  # type: ignore[arg-type]
     merged.save_pretrained(folder)
     return merged
+
+
+def refuse_file(folder: str | Path) -> None:
+    """Refuses to write a model where a file lies, of which transformers only logs."""
+    if Path(folder).is_file():
+        raise ConfigError(f"{folder} is a file; expected a folder, existing or new")
 
 
 def save_swaa(config: PreTrainedConfig, folder: Path) -> None:
@@ -113,9 +134,21 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
+def _refuse_other_weights(tuned: PeftModel, folder: Path) -> None:
+    """Refuses weights that are not those of the layers of this model, of which peft warns, or says nothing."""
+    wanted = {re.sub(r"\.default(?=\.|$)", "", name) for name in tuned.state_dict() if "lora_" in name}
+    found = {re.sub(r"\.default(?=\.|$)", "", name) for name in peft().load_peft_weights(str(folder), device="cpu")}
+    for problem, names in (("lacks weights of this model", wanted - found), ("has weights of others", found - wanted)):
+        if names:
+            raise ConfigError(
+                f"{folder}: the adapter {problem}, {len(names)} in all, such as {min(names)}; it is for another "
+                "model, or in a layout other than peft's. Load the model again"
+            )
+
+
 def refuse_adapter(model: PreTrainedModel) -> None:
-    """Refuses a model that carries a LoRA adapter already."""
-    if any("lora_" in name for name, _ in model.named_parameters()):
+    """Refuses a model that carries an adapter already."""
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
         raise ConfigError(
             "the model carries a LoRA adapter already; take it off with unload(), fold it in with "
             "swaa_flex.tuning.merge, or load the model again"

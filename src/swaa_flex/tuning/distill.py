@@ -231,7 +231,8 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
 @contextmanager
 def _as_trained(model: Any, generation: GenerationConfig) -> Iterator[None]:
     """Full attention, evaluation mode and our own sampling; afterwards, and after an error, all as before."""
-    before = model.generation_config
+    models = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]  # peft copies it
+    before = [each.generation_config for each in models]
     modes = [(module, module.training) for module in model.modules()]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     windowed = model.config._attn_implementation == NAME
@@ -242,7 +243,8 @@ def _as_trained(model: Any, generation: GenerationConfig) -> Iterator[None]:
             model.eval()
             yield
     finally:
-        model.generation_config = before
+        for each, own in zip(models, before, strict=True):
+            each.generation_config = own
         for module, training in modes:
             module.training = training
 

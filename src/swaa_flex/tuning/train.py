@@ -20,10 +20,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, UnsupportedModelError, did_you_mean
 from ..files import write_atomically
 from ..hf.adapt import full_attention
 from ..hf.config import swaa_of
+from ..hf.labels import DROPPING
 from .adapters import ADAPTER, load_adapter, peft, refuse_adapter, save_swaa
 from .data import Collator, Example
 from .identity import hashed, identity
@@ -111,7 +112,7 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return _is_int(value) or isinstance(value, float)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 @contextlib.contextmanager
@@ -168,6 +169,8 @@ def finetune(
     if (folder / ADAPTER).exists():
         return load_adapter(model, folder / ADAPTER)
     uses_cache = model.config.use_cache  # which the trainer turns off
+    training, checkpointed = model.training, model.is_gradient_checkpointing
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     tuned = _with_adapter(model, config)
     try:
         trainer = _Trainer(
@@ -181,19 +184,26 @@ def finetune(
             callbacks=[] if quiet else [_Progress()],
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        last = _last_checkpoint(folder)
+        if last is not None and _is_complete(last):  # which transformers would train for one more step
+            trainer._load_from_checkpoint(last)
+        else:
+            trainer.train(resume_from_checkpoint=last)
+        _refuse_diverged(tuned, config)
         _save(trainer, model.config, folder)
     except BaseException:
         with contextlib.suppress(Exception):
             tuned.unload()  # the model as it came, for another try
+        for parameter, before in trainable:
+            parameter.requires_grad_(before)
+        model.train(training)
         raise
     finally:
         model.config.use_cache = uses_cache
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing and not checkpointed:
             # Renamed in transformers 5.23.
             (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
             model.disable_input_require_grads()
-        model.eval()
     return tuned.eval()
 
 
@@ -263,9 +273,11 @@ class _Trainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out cross-entropy per answer token, under the recipe and under full attention."""
         self.model.eval()
-        metrics = {"eval_loss": self._held_out_loss()}
-        with full_attention(self.base_config):
-            metrics["eval_full_attention_loss"] = self._held_out_loss()
+        # A DataLoader draws a seed, after which the dropout of training would be another.
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            metrics = {"eval_loss": self._held_out_loss()}
+            with full_attention(self.base_config):
+                metrics["eval_full_attention_loss"] = self._held_out_loss()
         self.model.train()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -318,6 +330,19 @@ def _check_model(model: PreTrainedModel, config: TuningConfig) -> None:
             "sliding-window masks to train under; call swaa_flex.adapt(model, recipe) first"
         )
     refuse_adapter(model)
+    if model.config.model_type in DROPPING:
+        raise UnsupportedModelError(
+            f"model type {model.config.model_type!r} does not hand keywords on to attention, by which it would learn "
+            "where prompts end; it cannot be tuned under sliding-window masks"
+        )
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embeddings.weight:
+        names = {name.rpartition(".")[2] for name, part in model.named_modules() if part is head}
+        if names & set(config.target_modules):
+            raise ConfigError(
+                f"target_modules: {', '.join(names)} shares its weights with the input embeddings of this model, "
+                "which an adapter would change as well; leave it out"
+            )
     linear = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
     for name in config.target_modules:
         if name not in linear:
@@ -358,7 +383,8 @@ def _claim(folder: Path, run: dict[str, Any]) -> None:
     way_out = "choose another folder, or delete this one"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir={str(folder)!r} is a file; expected a folder, existing or new")
-    if path.exists():
+    begun = any(folder.glob("checkpoint-[0-9]*")) or (folder / ADAPTER).exists()
+    if path.exists() and begun:
         try:
             found = json.loads(path.read_text())
             others = [name for name in run if found.get(name) != run[name]]
@@ -367,7 +393,7 @@ def _claim(folder: Path, run: dict[str, Any]) -> None:
         if others:
             changes = ", ".join(f"{name} was {found.get(name)!r} and is {run[name]!r}" for name in others)
             raise ConfigError(f"{folder} holds another run ({changes}); {way_out}")
-    elif any(folder.glob("checkpoint-[0-9]*")) or (folder / ADAPTER).exists():
+    elif begun:
         raise ConfigError(f"{folder} holds checkpoints or an adapter of something else (no run.json); {way_out}")
     write_atomically(path, json.dumps(run, indent=1) + "\n")
 
@@ -433,6 +459,20 @@ def _last_checkpoint(folder: Path) -> str | None:
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
     return None
+
+
+def _is_complete(checkpoint: str) -> bool:
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return bool(state["global_step"] >= state["max_steps"])
+
+
+def _refuse_diverged(tuned: nn.Module, config: TuningConfig) -> None:
+    for parameter in tuned.parameters():
+        if parameter.requires_grad and not bool(getattr(parameter, "_local_tensor", parameter).isfinite().all()):
+            raise ConfigError(
+                f"the training diverged: weights of the adapter are not finite after learning_rate="
+                f"{config.learning_rate!r}; start again with a smaller one, in another folder"
+            )
 
 
 def _save(trainer: _Trainer, config: PreTrainedConfig, folder: Path) -> None:
