@@ -267,3 +267,10 @@ def test_training_under_autocast_has_the_gradients_of_plain_training():
         rounded = model(ids, labels=labels).loss
     for name, gradient in gradients(model, rounded).items():
         assert (gradient - plain[name]).norm() < 0.1 * plain[name].norm(), name
+
+
+@pytest.mark.parametrize("length", [-1, 10.5])
+def test_prompt_lengths_that_are_no_numbers_of_tokens_are_refused(length):
+    model, ids = swaa_flex.adapt(tiny("llama"), SWAAConfig(8, 2, [1], True, 4)), torch.randint(3, 99, (1, 60))
+    with pytest.raises(MaskError, match=rf"prompt_lengths\[0\]={length}: expected a number of tokens"):
+        model(ids, labels=ids, prompt_lengths=[length])

@@ -127,6 +127,8 @@ def _refuse_longer(lengths: Any, tokens: int) -> None:
     if torch.compiler.is_compiling() or (isinstance(lengths, Tensor) and lengths.device.type != "cpu"):
         return
     for number, length in enumerate(torch.as_tensor(lengths).reshape(-1).tolist()):
+        if length != int(length) or length < 0:
+            raise MaskError(f"prompt_lengths[{number}]={length}: expected a number of tokens")
         if length > tokens:
             raise MaskError(
                 f"prompt_lengths[{number}]={length}: the sample has {tokens} tokens, so none of them is an answer; "

@@ -284,9 +284,12 @@ def _judge(judge: str | Judge, samples: Sequence[Sample]) -> Judge:
 
 def _contains(sample: Sample, answer: str) -> bool:
     reference = _plain(sample.answer or "")
-    # A word or a number, not a part of one. Scripts without blanks between words have no such ends.
-    begin = r"(?<![a-z0-9])(?<!\d[.,])" if reference[:1].isascii() and reference[:1].isalnum() else ""
-    end = r"(?![a-z0-9])(?![.,]\d)" if reference[-1:].isascii() and reference[-1:].isalnum() else ""
+    # A word or a number, not a part of one, nor its negative. Scripts without blanks between words have no such ends.
+    begin = end = ""
+    if reference[:1].isascii() and reference[:1].isalnum():
+        begin = rf"(?<![{_LATIN}])(?<!\d[.,/:])" + (r"(?<![-\u2212])" if reference[0].isdigit() else "")
+    if reference[-1:].isascii() and reference[-1:].isalnum():
+        end = rf"(?![{_LATIN}+#])(?![.,/:]\d)"
     return bool(reference) and re.search(begin + re.escape(reference) + end, _plain(answer)) is not None
 
 
@@ -309,6 +312,7 @@ def _plain(text: str) -> str:
     return " ".join(folded.split()).strip(" .,;:!?\"'")
 
 
+_LATIN = r"a-z0-9\u00c0-\u024f"
 _SIMPLER = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"", "*`")
 
 
