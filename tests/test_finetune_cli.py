@@ -87,3 +87,27 @@ def test_wrong_options_are_one_red_line(folder, tmp_path, changed, problem):
     assert done.exit_code == 1
     assert problem in done.output
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_are_too_long_are_named_by_their_place_in_the_file(folder, tmp_path):
+    rows = [
+        {"prompt": ""},
+        {"prompt": f"{QUESTION} {QUESTION}", "answer": "blue"},
+        {"prompt": "red", "answer": "blue"},
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = ("--recipe", folder / "recipe.json", "--max-steps", 1)
+    done = run("finetune", folder / "model", tmp_path / "data.jsonl", tmp_path / "run", *recipe, "--max-length", 12)
+    assert done.exit_code == 0 and "row 0: " in done.output, done.output
+    assert "row 1: " in done.output and "more than max_length=12" in done.output
+    refused = run("finetune", folder / "model", tmp_path / "data.jsonl", tmp_path / "new", *recipe, "--max-length", 0)
+    assert refused.exit_code == 1 and "max_length=0: expected at least 1 token" in refused.output
+
+
+def test_a_model_is_not_merged_into_itself_or_a_file(folder, tuned, tmp_path):
+    before = sorted((path.name, path.read_bytes()) for path in (folder / "model").iterdir())
+    (tmp_path / "file").write_text("mine")
+    for out, problem in ((folder / "model", "is the base model itself"), (tmp_path / "file", "is a file")):
+        done = run("merge", folder / "model", folder / "run" / "adapter", out)
+        assert done.exit_code == 1 and problem in " ".join(done.output.split()), done.output
+    assert sorted((path.name, path.read_bytes()) for path in (folder / "model").iterdir()) == before

@@ -148,11 +148,13 @@ def _examples(data: Path, tokenizer: Any, max_length: int) -> list[Example]:
         if messages[-1]["role"] != "assistant" and sample.answer is not None:
             messages = (*messages, {"role": "assistant", "content": sample.answer})
         try:
-            examples += _encoded(tokenizer, messages)
+            encoded = _encoded(tokenizer, messages)
         except ConfigError as error:
             left_out.append(f"row {sample.row}: {error}")
-    examples, too_long = fit(examples, max_length)
-    left_out += too_long
+            continue
+        fitting, too_long = fit(encoded, max_length)
+        examples += fitting
+        left_out += [f"row {sample.row}: {line.partition(': ')[2]}" for line in too_long]
     report(f"{len(left_out)} rows of {data} are left out:", left_out, _say)
     if not examples:
         raise ConfigError(
