@@ -303,7 +303,7 @@ def test_an_interrupted_request_is_not_gone_on_with(compiled, where, monkeypatch
     compiled.prefill(ids)
 
 
-def test_prompts_are_released_before_decoding(compiled):
+def test_prompts_are_released_before_decoding():
     compiled = swaa_flex.compile(make("llama", RECIPES[0]), max_length=300, prefill_chunk=128)
     logits = compiled.prefill(torch.randint(3, 99, (1, 250)))
     per_key = 2 * 2 * 8 * 4  # keys and values, heads, head_dim, bytes
@@ -326,8 +326,8 @@ def test_steps_end_when_all_answers_have_ended(compiled):
     alone = [ends[0]]  # ends one answer; the other goes on, and pads fill the first
     compiled.model.generation_config.eos_token_id = alone
     first, second = compiled.generate(ids, max_new_tokens=6).tolist()
-    if second[0] != ends[0]:
-        assert first[1:] == [7] * (len(first) - 1) and len(first) > 1
+    assert second[0] != ends[0] and len(first) > 1, "the test must let one answer go on"
+    assert first[1:] == [7] * (len(first) - 1)
 
 
 def test_what_surrounds_a_request_says_nothing_of_its_prompts(nothing_compiled):
@@ -375,6 +375,14 @@ def test_weights_beside_the_fused_ones_are_noticed_too(compiled):
     compiled.model.lm_head = torch.nn.Linear(32, 99, bias=False)
     with pytest.raises(ConfigError, match="weights were replaced"):
         compiled.prefill([[5, 6, 7]])
+
+
+def test_a_hook_on_a_fused_layer_is_noticed(nothing_compiled):
+    model = make("llama", RECIPES[0], num_hidden_layers=1)
+    fused = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend="eager")
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *args: None)
+    with pytest.raises(ConfigError, match=r"a layer hooked.*swaa_flex.compile again"):
+        fused.prefill([[5, 6, 7]])
 
 
 def test_a_compiled_model_that_is_dropped_leaves_no_cache_behind(compiled):

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
+from ..errors import ConfigError, DoesNotFitError
 from .cache import CACHE, SWAACache
 from .config import swaa_of
-from .fused_linear import check_projections, fuse_projections, in_compiled_model
-from .labels import DROPPING
+from .fused_linear import fuse_projections, in_compiled_model, projections_are_intact
+from .labels import refuse_dropped_keywords
 from .prompt import prompt, surrounding_prompt
 from .prompt_attention import PromptChunk
 
@@ -116,11 +116,10 @@ class CompiledModel:
         if backend is None and self.device.type == "cuda":
             backend = "inductor"
         if backend is not None:
-            if self.cache.config.model_type in DROPPING:
-                raise UnsupportedModelError(
-                    f"model type {self.cache.config.model_type!r} does not hand keywords on to attention, by which "
-                    "compiled prompts learn where they end; use generate of transformers"
-                )
+            refuse_dropped_keywords(
+                self.cache.config,
+                "compiled prompts do not learn where they end; use generate of transformers",
+            )
             fuse_projections(model)
         self._outside_graph = backend is not None
         self._prefill_chunk = _compiled(_prefill_chunk, backend)
@@ -312,11 +311,10 @@ class CompiledModel:
                 f"the model was compiled for {self.cache.swaa} and runs {recipe or implementation} by now; "
                 "call swaa_flex.adapt, if need be, and swaa_flex.compile again"
             )
-        check_projections(self.model)
-        if _addresses(self.model) != self._addresses:
+        if _addresses(self.model) != self._addresses or not projections_are_intact(self.model):
             raise ConfigError(
-                "the model's weights were replaced (moved, converted, or assigned) after it was compiled; "
-                "call swaa_flex.compile again"
+                "the model's weights were replaced (moved, converted, or assigned) or a layer hooked after it was "
+                "compiled; call swaa_flex.compile again"
             )
 
     def _prefill(self, prompts: list[Tensor]) -> Tensor:

@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of children that most model families of transformers apply to the same input."""
 
@@ -47,15 +45,13 @@ def fuse_projections(model: nn.Module) -> None:
             _fuse(projections)  # type: ignore[arg-type]
 
 
-def check_projections(model: nn.Module) -> None:
-    """Refuses a model whose weights have been replaced, rather than changed in place, since they were fused."""
-    for projections in _groups(model):
-        fused = any(linear is not None and _group_of(linear) for linear in projections)
-        if fused and not _is_intact(projections):
-            raise ConfigError(
-                "the model's weights were replaced (moved, converted, or assigned) after it was compiled; "
-                "call swaa_flex.compile again"
-            )
+def projections_are_intact(model: nn.Module) -> bool:
+    """Whether what was fused is still computed as one: no layer of a group has got other weights, or a hook."""
+    return all(
+        _is_intact(projections)
+        for projections in _groups(model)
+        if any(linear is not None and _group_of(linear) for linear in projections)
+    )
 
 
 def _groups(model: nn.Module) -> Iterator[list[nn.Module | None]]:

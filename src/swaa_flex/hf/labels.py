@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import MaskError, UnsupportedModelError
 from .cache import CACHE
@@ -18,7 +18,7 @@ from .prompt import surrounding_prompt
 
 IGNORED = -100
 """The label of tokens that are not to be predicted."""
-DROPPING = frozenset({"nemotron", "stablelm"})
+_DROPPING = frozenset({"nemotron", "stablelm"})
 """Model types whose layers do not hand keywords of a forward on to attention (transformers 5.17 to 5.24)."""
 
 
@@ -92,8 +92,12 @@ def _reading(forward: Any) -> Any:
             return forward(self, *args, **kwargs)
         if labels is not None:
             args, kwargs = (), _told(labels, given)
-        if self.config.model_type in DROPPING:
-            _refuse_what_is_dropped(self.config.model_type, kwargs)
+        if kwargs.get("prompt_lengths") is not None or kwargs.get("decode_rows") is not None:
+            refuse_dropped_keywords(
+                self.config,
+                "neither prompt_lengths= and decode_rows= nor labels say where prompts end; put "
+                "`with swaa_flex.prompt(...)` around the forward",
+            )
         return forward(self, *args, **kwargs)
 
     return wrapped
@@ -115,11 +119,11 @@ def _told(labels: Tensor, given: dict[str, Any]) -> dict[str, Any]:
     return given | {"decode_rows": decode_rows_of(labels, padding, positions)}
 
 
-def _refuse_what_is_dropped(model_type: str, given: dict[str, Any]) -> None:
-    if given.get("prompt_lengths") is not None or given.get("decode_rows") is not None:
+def refuse_dropped_keywords(config: PreTrainedConfig, therefore: str) -> None:
+    """Refuses a model whose attention does not learn what the keywords of a forward say of its prompts."""
+    if config.model_type in _DROPPING:
         raise UnsupportedModelError(
-            f"model type {model_type!r} does not hand keywords on to attention, so neither prompt_lengths= and "
-            "decode_rows= nor labels say where prompts end; put `with swaa_flex.prompt(...)` around the forward"
+            f"model type {config.model_type!r} does not hand keywords on to attention, so {therefore}"
         )
 
 

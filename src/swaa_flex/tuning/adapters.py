@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,10 +99,10 @@ def merge(tuned: PeftModel, folder: str | Path, dtype: torch.dtype | None = None
     return merged
 
 
-def refuse_file(folder: str | Path) -> None:
-    """Refuses to write a model where a file lies, of which transformers only logs."""
-    if Path(folder).is_file():
-        raise ConfigError(f"{folder} is a file; expected a folder, existing or new")
+def refuse_file(folder: str | Path, called: str = "") -> None:
+    """Refuses to write where a file lies, of which transformers only logs."""
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ConfigError(f"{called or folder} is a file; expected a folder, existing or new")
 
 
 def save_swaa(config: PreTrainedConfig, folder: Path) -> None:
@@ -136,8 +136,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _refuse_other_weights(tuned: PeftModel, folder: Path) -> None:
     """Refuses weights that are not those of the layers of this model, of which peft warns, or says nothing."""
-    wanted = {re.sub(r"\.default(?=\.|$)", "", name) for name in tuned.state_dict() if "lora_" in name}
-    found = {re.sub(r"\.default(?=\.|$)", "", name) for name in peft().load_peft_weights(str(folder), device="cpu")}
+
+    def plain(names: Iterable[str]) -> set[str]:  # as in a file: the name of the adapter is not part of them
+        return {re.sub(r"\.default(?=\.|$)", "", name) for name in names}
+
+    wanted = plain(name for name in tuned.state_dict() if "lora_" in name)
+    found = plain(peft().load_peft_weights(str(folder), device="cpu"))
     for problem, names in (("lacks weights of this model", wanted - found), ("has weights of others", found - wanted)):
         if names:
             raise ConfigError(

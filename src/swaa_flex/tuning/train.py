@@ -20,12 +20,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..errors import ConfigError, UnsupportedModelError, did_you_mean
+from ..errors import ConfigError, did_you_mean
 from ..files import write_atomically
 from ..hf.adapt import full_attention
 from ..hf.config import swaa_of
-from ..hf.labels import DROPPING
-from .adapters import ADAPTER, load_adapter, peft, refuse_adapter, save_swaa
+from ..hf.labels import refuse_dropped_keywords
+from .adapters import ADAPTER, load_adapter, peft, refuse_adapter, refuse_file, save_swaa
 from .data import Collator, Example
 from .identity import hashed, identity
 
@@ -330,11 +330,7 @@ def _check_model(model: PreTrainedModel, config: TuningConfig) -> None:
             "sliding-window masks to train under; call swaa_flex.adapt(model, recipe) first"
         )
     refuse_adapter(model)
-    if model.config.model_type in DROPPING:
-        raise UnsupportedModelError(
-            f"model type {model.config.model_type!r} does not hand keywords on to attention, by which it would learn "
-            "where prompts end; it cannot be tuned under sliding-window masks"
-        )
+    refuse_dropped_keywords(model.config, "it cannot be tuned: it does not learn where prompts end")
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is embeddings.weight:
         names = {name.rpartition(".")[2] for name, part in model.named_modules() if part is head}
@@ -381,8 +377,7 @@ def _claim(folder: Path, run: dict[str, Any]) -> None:
     """Marks the folder as that of this run, and refuses that of another."""
     path, run = folder / "run.json", json.loads(json.dumps(run))
     way_out = "choose another folder, or delete this one"
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir={str(folder)!r} is a file; expected a folder, existing or new")
+    refuse_file(folder, f"output_dir={str(folder)!r}")
     begun = any(folder.glob("checkpoint-[0-9]*")) or (folder / ADAPTER).exists()
     if path.exists() and begun:
         try:
