@@ -12,6 +12,7 @@ from test_models import batch, tiny
 from test_training import ARRANGED, gradients, loss_of, sample
 from test_tuning import check_two_processes
 from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AutoModelForCausalLM
 
 import swaa_flex
 from swaa_flex import SWAACache, SWAAConfig, attention, backends
@@ -500,6 +501,21 @@ def test_an_offloaded_cache_gives_the_same_tokens(config, max_length):
         layer.register_forward_pre_hook(lambda *_: torch.cuda._sleep(1_000_000))
     cache = SWAACache(model.config, max_length=max_length, offloading=True)
     assert torch.equal(model.generate(**kwargs, past_key_values=cache, disable_compile=True), expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("config", CACHE_RECIPES, ids=repr)
+def test_layers_spread_over_two_gpus_generate_what_one_does(config, tmp_path):
+    model, inputs = on_gpu("llama", config), padded(100, 13)
+    kwargs = {**inputs, "max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(**kwargs)
+    model.save_pretrained(tmp_path)
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places |= {f"model.layers.{i}": i // 2 for i in range(4)}
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="swaa_flex", device_map=places)
+    assert {parameter.device.index for parameter in spread.parameters()} == {0, 1}
+    assert torch.equal(spread.generate(**kwargs), expected)
+    assert torch.equal(spread.generate(**kwargs, past_key_values=SWAACache(spread.config)), expected)
 
 
 # --- training ---------------------------------------------------------------------------------------------------
