@@ -1,6 +1,7 @@
 """Serving with vLLM: the plugin against vLLM's own FlashAttention, Qwen3-4B shape with random weights.
 
-    python benchmarks/serving.py [--quick] [--out docs/benchmarks] [--recipes NAME ...] [--resume]
+    python benchmarks/serving.py [--quick] [--out docs/benchmarks] [--recipes NAME ...] [--cases 131072x16 ...]
+        [--resume]
 
 Prompts of random tokens come at once; each is answered with as many tokens as all others. "tokens per second" counts
 those of answers, from the first request to the last token. One engine at a time has a GPU to itself. Prefix caching is
@@ -86,6 +87,7 @@ class Rates:
 def main() -> None:
     parser = runner.arguments(__doc__, resumes=True)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="only these")
+    parser.add_argument("--cases", nargs="+", metavar="TOKENSxREQUESTS", help="only these")
     given = parser.parse_args()
     if runner.device() != "cuda" or importlib.util.find_spec("vllm") is None:
         print("serving.py needs a GPU and the package vllm")
@@ -109,6 +111,8 @@ def main() -> None:
     jobs = []
     for recipe in RECIPES:
         cases = [(context, concurrent) for context in config.contexts for concurrent in config.concurrent]
+        if given.cases:
+            cases = [case for case in cases if "x".join(map(str, case)) in given.cases]
         left = tuple(case for case in cases if not report.has([Result(recipe, *case)]))
         if left and recipe in given.recipes:
             jobs.append(Job(config, rates, recipe, left))

@@ -540,13 +540,13 @@ def test_training_on_the_gpu_has_the_losses_and_gradients_of_the_cpu(backend, dt
     expected = gradients(model, expected_loss)
     swaa_flex.adapt(model.to("cuda", dtype), SWAAConfig(48, 5, [1], True, 4, backend=backend))
     ours, _ = loss_of(model, {name: tensor.cuda() for name, tensor in inputs.items()})
-    assert abs(float(ours) / float(expected_loss) - 1) < tolerance
+    assert abs(ours.item() / expected_loss.item() - 1) < tolerance
     for name, gradient in gradients(model, ours).items():
         difference = (gradient.float().cpu() - expected[name]).norm() / expected[name].norm()
         assert difference < 3 * tolerance, (name, float(difference))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", *["fsdp"] * 4])  # what goes wrong between streams does so now and then
 def test_training_on_two_gpus_has_the_losses_of_one(tmp_path, how):
     check_two_processes(tmp_path, how, CUDA_VISIBLE_DEVICES="0,1")

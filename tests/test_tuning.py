@@ -52,8 +52,8 @@ def logged(folder, steps):
     return [line["loss"] for line in state["log_history"] if "loss" in line]
 
 
-def adapted(recipe=RECIPE):
-    return swaa_flex.adapt(tiny("llama"), recipe)
+def adapted(recipe=RECIPE, **size):
+    return swaa_flex.adapt(tiny("llama", **size), recipe)
 
 
 def loss(model, given):
@@ -328,7 +328,7 @@ def test_a_run_that_was_killed_before_its_adapter_takes_no_further_step(tmp_path
         (lambda: adapted(), {"learning_rate": float("inf")}, ConfigError, "learning_rate=inf: expected a positive"),
         (lambda: adapted(), {"learning_rate": 1e30}, ConfigError, r"diverged.*learning_rate=1e\+30"),
         (
-            lambda: swaa_flex.adapt(tiny("llama", tie_word_embeddings=True), RECIPE),
+            lambda: adapted(tie_word_embeddings=True),
             {"target_modules": ("lm_head",)},
             ConfigError,
             "lm_head shares its weights with the input embeddings",
@@ -414,22 +414,25 @@ def history(folder):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
-def test_two_processes_have_the_losses_of_one(tmp_path, how):
-    check_two_processes(tmp_path, how, ACCELERATE_USE_CPU="true")
+@pytest.mark.parametrize(("how", "tied"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
+def test_two_processes_have_the_losses_of_one(tmp_path, how, tied):
+    check_two_processes(tmp_path, how, tied, ACCELERATE_USE_CPU="true")
 
 
-def check_two_processes(tmp_path, how, **environment):
+def check_two_processes(tmp_path, how, tied=False, **environment):
     launch = yaml.safe_load((LAUNCH / f"{how}.yaml").read_text())
     if how == "fsdp":  # as `accelerate launch` hands it on, which itself starts one process only without a GPU
         environment |= {"ACCELERATE_USE_FSDP": "true"}
         environment |= {name.upper(): str(value) for name, value in launch["fsdp_config"].items()}
-    run_in_processes("tune_in_processes.py", tmp_path / "two", PACKED=str(how == "ddp"), **environment)
+    environment |= {"PACKED": str(how == "ddp"), "TIED": str(tied)}
+    run_in_processes("tune_in_processes.py", tmp_path / "two", **environment)
+    kept = [["FSDPEmbedding", False]] if how == "fsdp" and not tied else []
     for rank in range(2):
         found = json.loads((tmp_path / "two" / f"{rank}.json").read_text())
-        assert found == {"sharded": how == "fsdp", "world": 2}
+        assert found == {"sharded": how == "fsdp", "world": 2, "unshard_in_backward": kept}
     config = TuningConfig(batch_size=4, packing=how == "ddp", **SHARED)
-    finetune(adapted(), examples(16), tmp_path / "one", held_out=examples(5, 1), config=config, quiet=True)
+    model = adapted(tie_word_embeddings=tied)
+    finetune(model, examples(16), tmp_path / "one", held_out=examples(5, 1), config=config, quiet=True)
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     assert [line[:2] for line in one] == [line[:2] for line in two] and len(one) == 5
     torch.testing.assert_close([line[2] for line in two], [line[2] for line in one], atol=1e-3, rtol=1e-3)

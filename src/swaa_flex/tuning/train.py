@@ -181,7 +181,7 @@ def finetune(
             train_dataset=list(examples),
             eval_dataset=list(held_out) or None,
             data_collator=Collator(pad_token_id=pad_token_id, packing=config.packing),
-            callbacks=[] if quiet else [_Progress()],
+            callbacks=[_EmbeddingsInForwardOnly(), *([] if quiet else [_Progress()])],
         )
         trainer.remove_callback(PrinterCallback)
         last = _last_checkpoint(folder)
@@ -301,6 +301,21 @@ class _Trainer(Trainer):
             gathered = self.accelerator.gather_for_metrics(torch.stack(sums))
             total += gathered.sum(0).double().cpu()
         return float(total[0] / total[1])
+
+
+class _EmbeddingsInForwardOnly(TrainerCallback):
+    """Keeps FSDP from gathering the input embeddings for the backward pass, which does not use frozen ones.
+
+    It would gather them ahead of time, and use their buffer again before that has ended: at the end of a backward pass
+    torch (2.11 to 2.13) waits for it by a call of `torch.Stream` that does nothing for CUDA events. Now and then the
+    next forward had other weights.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        sharded = hasattr(embeddings, "set_unshard_in_backward")
+        if sharded and (head is None or head.weight is not embeddings.weight):
+            embeddings.set_unshard_in_backward(False)
 
 
 class _Progress(TrainerCallback):
