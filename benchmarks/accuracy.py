@@ -253,9 +253,14 @@ def plot(data: dict[str, Any], path: Path) -> None:
                 values = [r.value for r in found]
                 errors = [[r.value - r.low for r in found], [r.high - r.value for r in found]]
                 aside = 0.5 * ((number + 0.5) / len(names) - 0.5)
-                style = {"color": "black"} if name == "full" else {"color": f"C{(number - 1) % 10}"}
+                again, color = divmod(number - 1, 10)  # there are ten colors
+                style = {
+                    "color": "black" if name == "full" else f"C{color}",
+                    "marker": "s" if again > 0 else "o",
+                    "linestyle": "--" if again > 0 else "-",
+                }
                 places = [lengths.index(r.length) + aside for r in found]
-                axis.errorbar(places, values, errors, marker="o", markersize=3, linewidth=0.8, label=name, **style)
+                axis.errorbar(places, values, errors, markersize=3, linewidth=0.8, label=name, **style)
             axis.set_xticks(range(len(lengths)), [str(length) for length in lengths])
             axis.set_title(f"{task}, W {window}", fontsize=9)
             axis.grid(alpha=0.3)
