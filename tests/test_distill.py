@@ -202,6 +202,8 @@ def test_progress_is_shown_on_a_terminal_only(model, tokenizer, tmp_path, monkey
     ("judge", "reference", "answer", "right"),
     [
         ("contains", "Paris", "It is **paris**, of course.", True),
+        ("contains", "34", "3*4 is 12", False),
+        ("contains", "def f", "it is *`def f`*: ...", True),
         ("contains", "Paris.", "Paris", True),
         ("contains", "New  York", "in new\nyork", True),
         ("contains", "it\u2019s", "It's so", True),

@@ -308,12 +308,13 @@ def _plain(text: str) -> str:
     """What is said after the thinking, without case, emphasis, surplus space and punctuation at the ends."""
     _, thought, after = text.rpartition("</think>")
     said = after if thought else text.partition("<think>")[0]
-    folded = unicodedata.normalize("NFKC", said).casefold().translate(_SIMPLER)
+    folded = _EMPHASIS.sub("", unicodedata.normalize("NFKC", said).casefold().translate(_SIMPLER))
     return " ".join(folded.split()).strip(" .,;:!?\"'")
 
 
 _LATIN = r"a-z0-9\u00c0-\u024f"
-_SIMPLER = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"", "*`")
+_SIMPLER = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+_EMPHASIS = re.compile(r"(?<!\w)[*`]+|[*`]+(?!\w)")  # not the sign in 3*4
 
 
 # --- files ---------------------------------------------------------------------------------------------------
