@@ -8,6 +8,7 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "typecheck", "docs", "tests"]
 
 EXTRAS = "demo,plot,tune"
+VLLM_TESTS = tuple(f"tests/test_vllm{part}.py" for part in ("", "_backend", "_engine"))
 OLDEST_TRANSFORMERS = "5.17.0"  # the lower bound in pyproject.toml
 
 
@@ -61,6 +62,13 @@ def tests_oldest(session: nox.Session) -> None:
 def tests_lm_eval(session: nox.Session) -> None:
     """Run the tests that need lm-evaluation-harness, which brings many packages."""
     run_tests(session, "lm-eval>=0.4.13", paths=("tests/test_lm_eval.py",))
+
+
+@nox.session
+def tests_vllm(session: nox.Session) -> None:
+    """Run the tests of the plugin in vLLM, which brings gigabytes and the version of torch that it wants."""
+    session.install("-e", f".[{EXTRAS},vllm]", "--group", "test")
+    session.run("pytest", "-m", "not gpu", *(session.posargs or VLLM_TESTS), env={"HF_HUB_OFFLINE": "1"})
 
 
 @nox.session

@@ -11,7 +11,7 @@ import torch
 
 from swaa_flex import ConfigError, SWAAConfig, UnsupportedModelError
 from swaa_flex.hf.config import RECIPE_VARIABLE
-from swaa_flex.vllm.recipe import check_layer, recipe_of, rules_of
+from swaa_flex.vllm.recipe import check_backend, check_layer, recipe_of, rule_at, rules_of
 from swaa_flex.vllm.rows import Rule, attend, cut, cut_decode, have_sliding, in_tail
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 8, 16
@@ -165,13 +165,16 @@ def test_steps_in_which_nothing_slides_are_known_before():
 def vllm_config(swaa=None, saved=None, layers=4, **changed):
     text = SimpleNamespace(num_hidden_layers=layers, model_type="qwen3", **({"swaa": saved} if saved else {}))
     fields = {"prefix_caching": False, "transfer": None, "speculative": None, "embeds": False, "runner": "generate"}
-    fields |= {"context_parallel": 1, "halves": False} | changed
+    fields |= {"context_parallel": 1, "halves": False, "backend": "CUSTOM", "fast_prefill": False} | changed
     return SimpleNamespace(
         model_config=SimpleNamespace(
             hf_config=text, hf_text_config=text, enable_prompt_embeds=fields["embeds"], runner_type=fields["runner"]
         ),
-        additional_config={} if swaa is None else {"swaa": swaa},
-        cache_config=SimpleNamespace(enable_prefix_caching=fields["prefix_caching"]),
+        additional_config=fields.get("additional", {} if swaa is None else {"swaa": swaa}),
+        attention_config=SimpleNamespace(backend=fields["backend"] and SimpleNamespace(name=fields["backend"])),
+        cache_config=SimpleNamespace(
+            enable_prefix_caching=fields["prefix_caching"], kv_sharing_fast_prefill=fields["fast_prefill"]
+        ),
         kv_transfer_config=fields["transfer"],
         speculative_config=fields["speculative"],
         parallel_config=SimpleNamespace(
@@ -184,13 +187,34 @@ def speculative(backend=None):
     return SimpleNamespace(attention_backend=backend and SimpleNamespace(name=backend))
 
 
-def test_the_recipe_is_what_the_user_says_else_what_the_checkpoint_holds(monkeypatch):
+def test_the_recipe_is_what_the_user_says_else_what_the_checkpoint_holds_else_the_variable(monkeypatch):
     saved = SWAAConfig(sliding_window=77)
     assert recipe_of(vllm_config(saved=saved.to_dict())) == saved
     monkeypatch.setenv(RECIPE_VARIABLE, json.dumps({"sliding_window": 66}))
-    assert recipe_of(vllm_config(saved=saved.to_dict())).sliding_window == 66
+    assert recipe_of(vllm_config(saved=saved.to_dict())) == saved  # as in transformers
+    assert recipe_of(vllm_config()).sliding_window == 66
     assert recipe_of(vllm_config("quality", saved.to_dict())).sliding_window == 8192
-    assert recipe_of(vllm_config({"sliding_window": 55})).sliding_window == 55
+    assert recipe_of(vllm_config({"sliding_window": 55}, saved.to_dict())).sliding_window == 55
+
+
+def test_a_recipe_for_another_attention_backend_is_noticed(caplog):
+    saved = SWAAConfig(sliding_window=77).to_dict()
+    for name in (None, "FLASH_ATTN"):
+        with pytest.raises(ConfigError, match=r"only --attention-backend CUSTOM serves a recipe"):
+            check_backend(vllm_config("quality", backend=name))
+        check_backend(vllm_config(backend=name))
+    assert not caplog.records
+    check_backend(vllm_config(saved=saved, backend="FLASH_ATTN"))
+    assert "checkpoint is not used: only --attention-backend CUSTOM" in caplog.text
+    check_backend(vllm_config("quality", saved))
+    assert len(caplog.records) == 1
+
+
+def test_layers_that_are_not_those_of_the_language_model_are_refused():
+    rules = rules_of(vllm_config("quality"))
+    assert rule_at(rules, 0, "layers.0") == rules[0]
+    with pytest.raises(UnsupportedModelError, match=r"layer audio.layers.4: .* the 4 layers of the language model"):
+        rule_at(rules, 4, "audio.layers.4")
 
 
 def test_layers_have_the_rules_of_the_recipe():
@@ -205,6 +229,8 @@ def test_layers_have_the_rules_of_the_recipe():
     [
         (vllm_config(), "has no recipe; give one by --additional-config"),
         (vllm_config("balance"), "balanced"),
+        (vllm_config(additional={"sliding_window": 5}), 'sliding_window outside of "swaa"'),
+        (vllm_config("balanced", fast_prefill=True), "kv_sharing_fast_prefill"),
         (vllm_config({"full_attention_layers": [7]}), "layer 7 of 4 does not exist"),
         (vllm_config("balanced", prefix_caching=True), "start vLLM with --no-enable-prefix-caching"),
         (vllm_config("throughput", prefix_caching=True), "prefix caching"),

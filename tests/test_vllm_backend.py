@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_vllm import HEAD_DIM, HEADS, KV_HEADS, PAGE, Server, merge, paged_attention, speculative, vllm_config
 
-from swaa_flex import BackendUnavailableError, UnsupportedModelError
+from swaa_flex import BackendUnavailableError, ConfigError, UnsupportedModelError
 from swaa_flex.vllm.rows import Rule
 
-pytest.importorskip("vllm", reason="needs the package vllm: pip install '.[vllm]'")
+pytest.importorskip("vllm", reason="needs the package vllm: nox -s tests_vllm")
 flash_attn = pytest.importorskip("vllm.v1.attention.backends.flash_attn")
 
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
@@ -22,14 +22,19 @@ from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirection
 
 def varlen(q, k, v, *, cu_seqlens_q, seqused_k, block_table, causal, window_size, out=None, **rest):
     window = None if window_size is None or window_size[0] < 0 else window_size[0] + 1
+    SCALES.append((rest["softmax_scale"], rest["softcap"]))
     found, lse = paged_attention(q, torch.stack([k, v]), cu_seqlens_q, seqused_k, block_table, causal, window)
     if out is not None:
         out.copy_(found)
     return (found, lse) if rest.get("return_softmax_lse") else found
 
 
+SCALES = []
+
+
 @pytest.fixture
 def backend(monkeypatch):
+    SCALES.clear()
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", varlen, raising=False)
     monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 3)
@@ -50,14 +55,15 @@ def configured(recipe, requests=4, **changed):
     config.model_config.get_head_size = lambda: HEAD_DIM
     config.model_config.dtype = torch.float32
     config.parallel_config.cp_kv_cache_interleave_size = 1
-    config.scheduler_config = SimpleNamespace(max_num_seqs=requests)
+    config.scheduler_config = SimpleNamespace(max_num_seqs=requests, max_num_batched_tokens=64)
+    config.num_speculative_tokens = 0
     config.cache_config.cache_dtype = "auto"
     config.compilation_config = SimpleNamespace(
         cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: False),
         max_cudagraph_capture_size=8,
         static_forward_context={},
     )
-    config.attention_config = SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=4)
+    config.attention_config.flash_attn_max_num_splits_for_cuda_graph = 4
     return config
 
 
@@ -94,7 +100,7 @@ def test_every_layer_of_a_step_sees_what_the_recipe_says(backend, monkeypatch, t
     names = [f"model.layers.{i}.self_attn.attn" for i in range(3)]
     spec = SimpleNamespace(dtype=torch.float32, block_size=PAGE)
     builder = backend.MetadataBuilder(spec, names, config, torch.device("cpu"))
-    implementation = backend.Attention(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, None, "auto")
+    implementation = backend.Attention(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, None, "auto", 0.5)
     scales = {f"_{name}_scale": torch.ones(1) for name in "qkv"}
     draw = random.Random(0)
     for seed in range(12):
@@ -126,6 +132,56 @@ def test_every_layer_of_a_step_sees_what_the_recipe_says(backend, monkeypatch, t
             rule = Rule(rule.window, rule.sinks, min(tail, rule.dense_tail), rule.dense_decode)
             expected = [server.expected(rule, i, c, n) for i, (c, n) in enumerate(zip(computed, ends, strict=True))]
             torch.testing.assert_close(out, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    assert set(SCALES) == {(1.0, 0.5)}, "soft caps and scales are those of the layer, in whole steps and in parts"
+
+
+@pytest.mark.parametrize("own", [20, 24])
+def test_a_window_of_the_models_own_stays_where_it_is_no_wider(backend, monkeypatch, own):
+    config = configured(RECIPE | {"dense_tail": 7})
+    monkeypatch.setattr(backend, "get_current_vllm_config", lambda: config)
+    layer = SimpleNamespace(layer_name="model.layers.0.self_attn.attn")
+    assert backend.Attention(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, own, "auto").rule_of(layer) is None
+    wider = backend.Attention(HEADS, HEAD_DIM, 1.0, KV_HEADS, None, 25, "auto")
+    builder, _ = builder_for(backend, config)
+    server = Server([30] * 4, 110)
+    metadata = builder.build(0, common(server, [0] * 4, [30] * 4))
+    query = torch.randn(120, HEADS, HEAD_DIM)
+    with pytest.raises(UnsupportedModelError, match="own sliding window is 25 and that of the recipe 24"):
+        wider.forward(layer, query, query, query, torch.stack(list(server.cache), 1), metadata, query)
+
+
+def test_steps_share_no_prefix_and_no_block_table(backend):
+    builder, _ = builder_for(backend, configured(RECIPE))
+    server = Server([60] * 4, 110)
+    metadata = builder.build(32, common(server, [60] * 4, [61] * 4))
+    assert not metadata.use_cascade and not builder.supports_update_block_table
+    assert not backend.Backend.supports_batch_invariance()
+
+
+def test_a_prompt_that_could_come_among_answers_in_a_graph_is_refused(backend):
+    config = configured(RECIPE)
+    config.compilation_config.cudagraph_mode.has_full_cudagraphs = lambda: True
+    builder_for(backend, config)
+    config.scheduler_config.max_num_batched_tokens = 4
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens=4: .* expected more than 4, or --enforce-eager"):
+        builder_for(backend, config)
+    sliding = configured(RECIPE | {"full_attention_decode": False})
+    sliding.compilation_config, sliding.scheduler_config = config.compilation_config, config.scheduler_config
+    builder_for(backend, sliding)
+
+
+def test_the_log_says_which_layers_slide(backend, caplog):
+    config = configured(RECIPE)
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(3)]
+    layers = config.compilation_config.static_forward_context
+    layers |= {name: SimpleNamespace(impl=SimpleNamespace(own_window=None)) for name in names}
+    with caplog.at_level("INFO", "vllm"):
+        builder_for(backend, config)
+        assert "sliding_window=24" in caplog.text and caplog.text.strip().endswith("layers that slide: 0 2")
+        for name in (names[0], names[2]):
+            layers[name].impl.own_window = 20
+        builder_for(backend, config)
+    assert "layers 0 2 have a window of their own" in caplog.text
 
 
 def builder_for(backend, config):

@@ -32,7 +32,7 @@ SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("vllm") is None, reason="needs the package vllm: pip install '.[vllm]'")
+@pytest.mark.skipif(find_spec("vllm") is None, reason="needs the package vllm: nox -s tests_vllm")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU there are the kernels: tests/test_vllm_gpu.py")
 @pytest.mark.parametrize("case", ["recipes", "preemption", "prefix caching", "drafts"])
 def test_answers_of_the_engine_are_those_of_transformers(case):

@@ -21,9 +21,9 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from ..errors import BackendUnavailableError, UnsupportedModelError
+from ..errors import BackendUnavailableError, ConfigError, UnsupportedModelError
 from .prompts import PromptLengths
-from .recipe import check_layer, rules_of
+from .recipe import LOGGER, check_layer, recipe_of, rule_at, rules_of
 from .rows import Rule, Stretches, attend, cut, cut_decode, have_sliding, in_tail
 
 SERVED = (
@@ -76,6 +76,11 @@ class Backend(FlashAttentionBackend):
         """No rows that see later keys."""
         return False
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """No: a row is summed in one part or in two, by what else is in its step."""
+        return False
+
 
 @dataclass
 class Metadata(FlashAttentionMetadata):
@@ -106,12 +111,14 @@ class MetadataBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         rules = rules_of(vllm_config)
         # In the order of the layers, so that steps are built alike everywhere.
-        self.rules = list(dict.fromkeys(rule for rule in (rules[extract_layer_index(n)] for n in layer_names) if rule))
+        found = {name: rule_at(rules, extract_layer_index(name), name) for name in layer_names}
+        self.rules = list(dict.fromkeys(rule for rule in found.values() if rule))
         most = vllm_config.scheduler_config.max_num_seqs
         self.sinks = {rule: torch.zeros(most, dtype=torch.int32, device=device) for rule in self.rules}
         self.prompts = PromptLengths.of(vllm_config)
         if self.rules:
             self._check(layer_names[0])
+        self._say([name for name, rule in found.items() if rule])
 
     def _check(self, layer_name: str) -> None:
         if type(self) is not MetadataBuilder:  # vLLM derives from a builder what changes the steps that it is told of
@@ -125,6 +132,30 @@ class MetadataBuilder(FlashAttentionMetadataBuilder):
             raise BackendUnavailableError(
                 "the logits processor of swaa_flex, which learns where prompts end, was not loaded; expected its "
                 "entry point in vllm.logits_processors: install the package swaa-flex where vLLM runs"
+            )
+        # One token of a prompt in a step of answers would run the graph of such steps, all rows of which are dense.
+        graphs = config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        tokens = config.scheduler_config.max_num_batched_tokens
+        most = config.scheduler_config.max_num_seqs * (1 + config.num_speculative_tokens)
+        if graphs and tokens <= most and any(rule.dense_decode for rule in self.rules):
+            raise ConfigError(
+                f"max_num_batched_tokens={tokens}: a prompt could come token by token beside {most} tokens of "
+                "answers, and a CUDA graph of full-attention decode would take it for one; "
+                f"expected more than {most}, or --enforce-eager"
+            )
+
+    def _say(self, layer_names: list[str]) -> None:
+        """Which layers slide, and by what recipe."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        sliding = [name for name in layer_names if name in layers and layers[name].impl.own_window is None]
+        numbers = " ".join(str(extract_layer_index(name)) for name in sliding)
+        if sliding:
+            LOGGER.info("swaa_flex: %r; layers that slide: %s", recipe_of(self.vllm_config), numbers)
+        elif layer_names and all(name in layers for name in layer_names):
+            LOGGER.warning(
+                "swaa_flex: the layers %s have a window of their own, so the recipe changes nothing for them; where "
+                "all others are full_attention_layers, it changes nothing at all",
+                " ".join(str(extract_layer_index(name)) for name in layer_names),
             )
 
     def build(
@@ -203,7 +234,8 @@ class Attention(FlashAttentionImpl):
 
     def rule_of(self, layer: torch.nn.Module) -> Rule | None:
         """How the rows of this layer see; None if full, or by a window of the model's own."""
-        rule = self.rules[extract_layer_index(layer.layer_name)]
+        name = str(layer.layer_name)
+        rule = rule_at(self.rules, extract_layer_index(name), name)
         if rule is not None:
             check_layer(rule, self.own_window, self.biases)
         # A window of the model's own that is no wider shows every row what the rule would.

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, LogitsProcessor, MoveDirectionality
 
+from .recipe import check_backend
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -18,12 +20,13 @@ class PromptLengths(LogitsProcessor):
     """Changes no logits. It follows which request is in which row of the batch, before each step.
 
     The entry point in `vllm.logits_processors` makes vLLM load one for each engine, except with speculative decoding
-    and for pooling.
+    and for pooling. So this is also where a recipe is missed that no backend will read.
     """
 
     _of: ClassVar[WeakValueDictionary[int, PromptLengths]] = WeakValueDictionary()
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+        check_backend(vllm_config)
         self.lengths = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32)
         self.vllm_config = vllm_config  # keeps it, so that no other one has its id
         PromptLengths._of[id(vllm_config)] = self

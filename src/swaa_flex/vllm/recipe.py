@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from .. import recipes
@@ -15,28 +17,61 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 WAYS = (
-    """--additional-config '{"swaa": "balanced"}', """
-    f'the variable {RECIPE_VARIABLE}=balanced, or "swaa" in the config.json of the checkpoint'
+    """--additional-config '{"swaa": "balanced"}', "swaa" in the config.json of the checkpoint, """
+    f"or the variable {RECIPE_VARIABLE}=balanced"
 )
+LOGGER = logging.getLogger("vllm.swaa_flex")  # vLLM prints what its own loggers and those below them are told
 
 
 def recipe_of(vllm_config: VllmConfig) -> SWAAConfig:
-    """The recipe: what the user says, else what is saved with the model.
+    """The recipe: what the user says, else what is saved with the model, else the variable.
 
     Raises:
         ConfigError: if there is none, or a field of it is invalid.
     """
-    text = vllm_config.model_config.hf_text_config
-    given: Any = None
-    if isinstance(vllm_config.additional_config, dict):
-        given = vllm_config.additional_config.get("swaa")
+    given = _given(vllm_config)
+    if given is None:
+        _refuse_stray(vllm_config)
+        given = _saved(vllm_config)
     if given is None and os.environ.get(RECIPE_VARIABLE):
         given = default_recipe()
     if given is None:
-        given = getattr(vllm_config.model_config.hf_config, "swaa", None) or getattr(text, "swaa", None)
-    if given is None:
         raise ConfigError(f"the attention backend of swaa_flex has no recipe; give one by {WAYS}")
-    return recipes.coerce(given, text.model_type)
+    return recipes.coerce(given, vllm_config.model_config.hf_text_config.model_type)
+
+
+def check_backend(vllm_config: VllmConfig) -> None:
+    """Says so if there is a recipe and another attention backend, which runs the model without it.
+
+    Raises:
+        ConfigError: if the user gave the recipe; one that is saved with the model is a warning.
+    """
+    if getattr(vllm_config.attention_config.backend, "name", None) == "CUSTOM":
+        return
+    way_out = "only --attention-backend CUSTOM serves a recipe; add it, or have full attention"
+    if _given(vllm_config) is not None:
+        raise ConfigError(f'"swaa" in --additional-config: {way_out} without "swaa"')
+    if _saved(vllm_config) is not None:
+        LOGGER.warning('"swaa" in the config.json of the checkpoint is not used: %s as now', way_out)
+
+
+def _given(vllm_config: VllmConfig) -> Any:
+    given = vllm_config.additional_config
+    return given.get("swaa") if isinstance(given, dict) else None
+
+
+def _refuse_stray(vllm_config: VllmConfig) -> None:
+    given = vllm_config.additional_config
+    stray = sorted({field.name for field in fields(SWAAConfig)} & set(given if isinstance(given, dict) else ()))
+    if stray:
+        raise ConfigError(
+            f"""--additional-config: {", ".join(stray)} outside of "swaa"; write '{{"swaa": {{"{stray[0]}": ...}}}}'"""
+        )
+
+
+def _saved(vllm_config: VllmConfig) -> Any:
+    model = vllm_config.model_config
+    return getattr(model.hf_config, "swaa", None) or getattr(model.hf_text_config, "swaa", None)
 
 
 def rules_of(vllm_config: VllmConfig) -> tuple[Rule | None, ...]:
@@ -83,10 +118,26 @@ def _check(vllm_config: VllmConfig, rules: list[Rule]) -> None:
         )
     if vllm_config.model_config.enable_prompt_embeds:
         raise ConfigError("enable_prompt_embeds: vLLM does not tell how long such prompts are; give token ids")
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        raise ConfigError("kv_sharing_fast_prefill: layers that skip rows do not tell which; start vLLM without it")
     if vllm_config.parallel_config.use_ubatching:
         raise ConfigError("enable_dbo: halves of a batch do not tell where prompts end; start vLLM without it")
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         raise ConfigError("decode_context_parallel_size: expected 1, swaa_flex keeps the keys of a sequence together")
+
+
+def rule_at(rules: tuple[Rule | None, ...], layer: int, name: str) -> Rule | None:
+    """The rule of a layer.
+
+    Raises:
+        UnsupportedModelError: if it is none of the language model's, whose layers the recipe counts.
+    """
+    if layer >= len(rules):
+        raise UnsupportedModelError(
+            f"layer {name}: the recipe has rules for the {len(rules)} layers of the language model; serve this model "
+            "with another --attention-backend"
+        )
+    return rules[layer]
 
 
 def check_layer(rule: Rule, sliding_window: int | None, alibi_slopes: list[float] | None) -> None:
