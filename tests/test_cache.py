@@ -1,14 +1,17 @@
 """`SWAACache` against full caches and dense masks that know the true boundary between prompt and answer."""
 
 import copy
+import dataclasses
 
 import pytest
+import test_models
 import torch
 from reference import Truth
 from test_models import batch, tiny, under_reference
+from transformers import DynamicCache
 
 import swaa_flex
-from swaa_flex import ConfigError, SWAACache, SWAAConfig
+from swaa_flex import ConfigError, SWAACache, SWAAConfig, UnsupportedModelError
 
 WINDOW, SINKS = 8, 3
 LENGTH = 29  # 4 chunks of 7 and one token
@@ -294,6 +297,53 @@ def test_pads_may_be_told_to_the_cache_instead_of_every_forward(llama, dense_tai
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------
+
+
+LATENT = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "kv_lora_rank": 16, "q_lora_rank": 16}
+WIDENED = {  # by what comes between the cache and attention
+    "deepseek_v3": LATENT | {"num_key_value_heads": 4, "first_k_dense_replace": 4, "n_group": 1, "topk_group": 1},
+    "jetmoe": {"kv_channels": 8, "num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("dense_tail", [0, 4])
+@pytest.mark.parametrize("family", WIDENED)
+def test_keys_that_are_widened_for_attention_are_kept_and_released(family, dense_tail, monkeypatch):
+    monkeypatch.setitem(test_models.FAMILIES, family, WIDENED[family])
+    model = tiny(family)
+    model.config.swaa = dataclasses.replace(RELEASING, dense_tail=dense_tail)
+    inputs = batch()
+
+    def answer(cache):
+        kwargs = {"max_new_tokens": 20, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        return torch.stack(model.generate(**inputs, past_key_values=cache, **kwargs).logits)
+
+    expected = answer(DynamicCache(config=model.config))
+    for cache in (SWAACache(model.config), SWAACache(model.config, max_length=100)):
+        torch.testing.assert_close(answer(cache), expected, atol=1e-5, rtol=1e-5)
+        held = [getattr(layer, "ring", None) or (layer.keys,) for layer in cache.layers]
+        assert all(keys[0].shape[2] <= WINDOW + SINKS + 1 for keys in held), "all but sinks and window is released"
+
+
+def test_layers_that_use_the_keys_of_others_are_refused(llama):
+    config = copy.deepcopy(llama.config)
+    config.num_kv_shared_layers = 2
+    with pytest.raises(UnsupportedModelError, match=r"last 2 layers use the keys of others.*DynamicCache"):
+        SWAACache(config)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"max_length": 110}])
+def test_a_first_chunk_of_pads_alone_does_not_end_the_prompt(llama, kwargs):
+    llama.config.swaa = dataclasses.replace(RELEASING, dense_tail=5)
+    ids = torch.randint(3, 99, (1, 43))
+    expected = forward(llama, ids, None, prompt_lengths=40, use_cache=False)
+    padded, real = torch.cat([torch.zeros(1, 60, dtype=torch.long), ids], 1), torch.ones(1, 103, dtype=torch.long)
+    real[:, :60] = 0
+    cache, found = SWAACache(llama.config, **kwargs), []
+    for begin, end in ((0, 50), (50, 75), (75, 100), (100, 101), (101, 103)):
+        chunk, mask = padded[:, begin:end], real[:, :end]
+        found.append(forward(llama, chunk, cache, attention_mask=mask, prompt_lengths=40))
+    torch.testing.assert_close(torch.cat(found, 1)[:, 60:], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_cache_of_another_recipe_or_model_is_refused_by_name(llama):

@@ -8,9 +8,11 @@ from conftest import counting_backend
 from reference import Reference
 from test_models import SIZE, batch, tiny, under_reference
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import create_causal_mask
 
 import swaa_flex
 from swaa_flex import ConfigError, MaskError, SWAAConfig, UnsupportedModelError
+from swaa_flex.hf.attention import attention_forward
 
 CONFIG = SWAAConfig(sliding_window=16, sink_tokens=2, full_attention_layers=[1], dense_tail=4)
 TIGHT = {"atol": 1e-5, "rtol": 1e-5}
@@ -355,6 +357,34 @@ def test_attention_weights_are_refused(model, where):
         model(ids, **({"output_attentions": True} if where == "call" else {}))
 
 
+@pytest.mark.parametrize("name", ["indices", "block_indices", "sinks"])
+def test_keys_that_a_model_chooses_itself_are_refused(name):
+    query = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(UnsupportedModelError, match=f"chooses keys or adds sinks by {name}="):
+        attention_forward(torch.nn.Module(), query, query, query, None, **{name: torch.zeros(1)})
+
+
+def test_the_last_rows_of_a_forward_have_a_mask_of_their_own(model):
+    """As transformers 5.24 asks for, before layers whose other rows nobody reads."""
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=torch.zeros(1, 50, 32),
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=None,
+    )
+    query = torch.randn(1, 4, 50, 8)
+    whole, _ = attention_forward(model.model.layers[0].self_attn, query, query, query, mask, prompt_lengths=45)
+    last = mask[:, :, slice(-7, None), :]
+    part, _ = attention_forward(
+        model.model.layers[0].self_attn, query[:, :, -7:], query, query, last, prompt_lengths=45
+    )
+    assert last.shape[2] == 7
+    torch.testing.assert_close(part, whole[:, -7:], **TIGHT)
+    with pytest.raises(UnsupportedModelError, match="takes a part of its attention mask"):
+        mask[:, 0]
+
+
 def test_a_mask_per_pair_is_refused(model):
     with pytest.raises(UnsupportedModelError, match="attention_mask as"):
         logits(model, torch.randint(3, 99, (1, 6)), attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool))
@@ -365,6 +395,11 @@ def test_a_mask_per_pair_is_refused(model):
     [
         (lambda m, ids: logits(m, ids, prompt_lengths=[1, 2, 3]), "got 3 for a batch of 1"),
         (lambda m, ids: logits(m, ids, prompt_lengths=torch.tensor([0.5])), "expected ints"),
+        (lambda m, ids: logits(m, ids, prompt_lengths=[3.7]), "expected numbers of tokens, got 3.7"),
+        (lambda m, ids: logits(m, ids, prompt_lengths=3.7), "got 3.7"),
+        (lambda m, ids: logits(m, ids, prompt_lengths="33"), "got '33'"),
+        (lambda m, ids: logits(m, ids, prompt_lengths=True), "got True"),
+        (lambda m, ids: swaa_flex.prompt(-5).__enter__(), "got -5"),
         (lambda m, ids: logits(m, ids, decode_rows=torch.zeros(1, 3, dtype=torch.bool)), r"expected \[1, 20\]"),
         (lambda m, ids: logits(m, ids, decode_rows=torch.zeros(1, 20)), "expected bool"),
         (lambda m, ids: logits(m, ids, prompt_lengths=3, decode_rows=torch.ones(1, 20).bool()), "either"),

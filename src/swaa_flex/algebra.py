@@ -22,7 +22,7 @@ class Mask:
     """A FlexAttention `mask_mod` that composes with `&`, `|` and `~` and knows its geometry.
 
     Masks are immutable. Two masks are equal if they have the same structure and the same values; tensors and
-    user functions compare by identity. Use the functions of this module to make one.
+    user functions compare by identity. The functions of `swaa_flex.masks` make them.
     """
 
     _precedence: ClassVar[int] = 3

@@ -61,7 +61,7 @@ def attention(
 
     Returns:
         The output `[batch, heads, q_len, value_dim]`, zero in rows that see nothing; with `return_lse` also the
-        log-sum-exp of the scores, sink logit included, `[batch, heads, q_len]` (natural logarithm, float32).
+        log-sum-exp of the scores, sink logit included, `[batch, heads, q_len]` (natural logarithm, float32 or wider).
 
     Raises:
         MaskError: if the shapes do not fit each other or the mask.

@@ -108,7 +108,8 @@ def rows_where(flags: Tensor) -> Mask:
     """Rows whose flag is set see every key, the others none.
 
     Args:
-        flags: bool `[q_len]` or `[batch, q_len]`.
+        flags: bool `[rows]` or `[batch, rows]`, by row index, `q_offset` included: one for each row that the mask is
+            used for.
     """
     if flags.dtype != torch.bool or flags.dim() not in (1, 2):
         raise MaskError(f"rows_where takes a bool tensor [q_len] or [batch, q_len], not {describe(flags)}")
@@ -121,7 +122,8 @@ def documents(document_ids: Tensor) -> Mask:
     """A row sees the keys of its own document, in both directions (combine with `causal()`).
 
     Args:
-        document_ids: integers `[len]` or `[batch, len]`; the tokens of a document are contiguous.
+        document_ids: integers `[len]` or `[batch, len]`, for all rows and keys; the tokens of a document are
+            contiguous.
 
     Raises:
         MaskError: if a document is not contiguous (checked on CPU tensors only: it needs the values).
@@ -146,6 +148,9 @@ def heads(selected: Tensor | Sequence[bool], then: Mask, otherwise: Mask) -> Mas
 
 def from_mask_mod(mask_mod: MaskMod) -> Mask:
     """A user's own `mask_mod(b, h, q_idx, kv_idx)`. It knows no geometry, but what it is ANDed with may.
+
+    Inside `packed`, `left_padded` and `offset` it is also called with indices outside of a sequence, and what it then
+    says does not count; a table that it reads has to be long enough, or the index clamped.
 
     >>> causal() & window(64) & from_mask_mod(lambda b, h, q, kv: (q + kv) % 3 == 0)
     causal & window(64) & <lambda>

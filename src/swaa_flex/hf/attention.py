@@ -14,6 +14,9 @@ from .cache import stored
 from .mask import ForwardMask
 from .prompt_attention import prompt_attention
 
+_CHOOSING = ("indices", "block_indices", "sinks")
+"""What changes attention in some models (DeepSeek V3.2, MiniMax-M3, Inkling), and other models do not hand on."""
+
 
 def attention_forward(
     module: nn.Module,
@@ -51,7 +54,7 @@ def attention_forward(
         position_bias: must be None.
         output_attentions: must be false.
         outside_graph: whether a graph that is being traced leaves attention to `PromptChunk`.
-        kwargs: not used.
+        kwargs: not used, but for those by which models choose keys: they must be None.
 
     Returns:
         The output `[batch, q_len, heads, head_dim]`, and None for the weights, which never exist as a whole.
@@ -69,6 +72,11 @@ def attention_forward(
         )
     if position_bias is not None:
         raise UnsupportedModelError("the model adds a position bias to its scores, which swaa_flex does not support")
+    for name in _CHOOSING:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModelError(
+                f"the model chooses keys or adds sinks by {name}=, which swaa_flex does not support"
+            )
     if attention_mask is None and not getattr(module, "is_causal", True):
         # An encoder inside a composite model, such as a vision tower, gets the implementation's name as well.
         out = F.scaled_dot_product_attention(

@@ -28,7 +28,7 @@ from transformers.cache_utils import (
 )
 from transformers.masking_utils import create_causal_mask
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedModelError
 from .cache_layers import Pads, SinksAndWindowLayer, StaticSinksAndWindowLayer
 from .config import swaa_of
 from .prompt import checked_lengths
@@ -63,6 +63,7 @@ class SWAACache(Cache):
 
     Raises:
         ConfigError: if an argument makes no sense, or the recipe does not fit the model.
+        UnsupportedModelError: if layers of the model use the keys of others (Gemma 3n).
 
     Examples:
         >>> from transformers import LlamaConfig
@@ -86,6 +87,11 @@ class SWAACache(Cache):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
                 raise ConfigError(f"{name}={number!r}: expected a number of tokens, at least {least}")
         self.config = config = config.get_text_config(decoder=True)
+        if getattr(config, "num_kv_shared_layers", 0):
+            raise UnsupportedModelError(
+                f"{config.model_type}: the last {config.num_kv_shared_layers} layers use the keys of others, which "
+                "SWAACache cannot follow; take transformers' own DynamicCache or StaticCache"
+            )
         self.swaa = swaa = swaa_of(config)
         self.max_length = max_length
         self.prompt_lengths = prompt_lengths
@@ -213,7 +219,7 @@ class SWAACache(Cache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         handed = _handed()
         handed.clear()
-        handed.append((keys, self, layer_idx))
+        handed.append((keys, values, self, layer_idx))
         return keys, values
 
     def begin_decoding(self) -> None:
@@ -352,6 +358,7 @@ class Stored:
     sink_slots: int = 0  # leading slots for the first tokens of each sequence
     start: int | Tensor = 0  # column of the slot after them (of each sequence), the rest follows in order ...
     ring: bool = False  # ... unless the slots after the sinks are a ring
+    handed: tuple[Tensor, Tensor] | None = None  # keys and values, as the cache stores them
     known_first: Tensor | None = None  # column of each sequence's first token, as the caller knows it
 
     @property
@@ -392,7 +399,8 @@ class Stored:
         if isinstance(self.layer, SinksAndWindowLayer):
             self.layer.after_attention(decoding)
         elif isinstance(self.layer, StaticSinksAndWindowLayer) and not self.ring:
-            self.layer.after_attention(keys, values, self, lengths_known, decoding)
+            # Attention may have worked on more heads than are stored (multi-head latent attention, JetMoE).
+            self.layer.after_attention(*(self.handed or (keys, values)), self, lengths_known, decoding)
 
 
 def stored(keys: Tensor, layer_idx: object) -> Stored | None:
@@ -401,16 +409,12 @@ def stored(keys: Tensor, layer_idx: object) -> Stored | None:
     if len(handed) == 0:
         return None
     out = handed.pop()
-    if out[2] != layer_idx:
+    if out[3] != layer_idx or out[0].shape[2] != keys.shape[2]:
         return None
-    # torch.compile does not recognise a tensor that was changed in place on the way.
-    same = out[0].shape == keys.shape if torch.compiler.is_compiling() else out[0] is keys
-    if not same:
-        return None
-    cache, layer = out[1], out[1].layers[out[2]]
+    cache, layer = out[2], out[2].layers[out[3]]
     if isinstance(layer, _RELEASING):
-        return Stored(cache, layer, *layer.layout)
-    return Stored(cache, layer)
+        return Stored(cache, layer, *layer.layout, handed=out[:2])  # type: ignore[misc]  # layouts are short
+    return Stored(cache, layer, handed=out[:2])
 
 
 def told_by_attention_mask(first: Tensor, sizes: tuple[int, int]) -> None:
@@ -430,13 +434,13 @@ _asked = _Asked()
 
 class _HandedInThread(threading.local):
     def __init__(self) -> None:
-        self.out: list[tuple[Tensor, SWAACache, int]] = []
+        self.out: list[tuple[Tensor, Tensor, SWAACache, int]] = []
 
 
 _handed_in_thread = _HandedInThread()
-_handed_in_graph: list[tuple[Tensor, SWAACache, int]] = []
+_handed_in_graph: list[tuple[Tensor, Tensor, SWAACache, int]] = []
 
 
-def _handed() -> list[tuple[Tensor, SWAACache, int]]:
+def _handed() -> list[tuple[Tensor, Tensor, SWAACache, int]]:
     """The keys that a cache handed out last, and to which layer; one thread traces at a time."""
     return _handed_in_graph if torch.compiler.is_compiling() else _handed_in_thread.out

@@ -128,6 +128,36 @@ class ForwardMask(BlockMask):
         # What is the same for all layers; a dict, as dynamo forgets attributes that are set twice.
         self.memo: dict[str, Any] = {}
 
+    def __getitem__(self, index: Any) -> ForwardMask:
+        """That of the last rows: transformers 5.24 leaves out the others before the last layers of Gemma 4.
+
+        Raises:
+            UnsupportedModelError: if the model takes another part.
+        """
+        everything = slice(None)
+        rows = index[2] if isinstance(index, tuple) and len(index) == 4 else None
+        if not isinstance(rows, slice) or (*index[:2], index[3]) != (everything,) * 3:
+            raise UnsupportedModelError(
+                f"{self.config.model_type}: the model takes a part of its attention mask, which swaa_flex makes as a "
+                "whole; use another attn_implementation"
+            )
+        batch, heads, q_len, kv_len = self.sizes
+        first, stop, step = rows.indices(q_len)
+        assert stop == q_len and step == 1
+        return ForwardMask(
+            config=self.config,
+            sizes=(batch, heads, q_len - first, kv_len),
+            q_offset=self.q_offset + first,
+            kv_offset=self.kv_offset,
+            native=self.native,
+            mask_function=self.mask_function,
+            is_packed=self.is_packed,
+            ends=self.ends,
+            seen=self.seen,
+            info=self.info,
+            device=self.device,
+        )
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """`(batch, 1, q_len, kv_len)`."""
@@ -328,7 +358,10 @@ class ForwardMask(BlockMask):
                 assert info.lengths is not None
                 lengths = self._each(torch.as_tensor(info.lengths, device=self.device).reshape(-1), "prompt lengths")
                 ends = lengths if first is None else first + lengths
-                begun = (ends < self.q_offset + q_len).all()
+                begun = ends < self.q_offset + q_len
+                if self.ends is not None:
+                    begun = begun & (self.ends[1] > 0)  # else nothing but pads so far
+                begun = begun.all()
             self.memo["decoding"] = bool(begun)
         return bool(self.memo["decoding"])
 
@@ -387,8 +420,10 @@ class ForwardMask(BlockMask):
                 lengths = lengths.to(self.device)
                 lengths = self._each(lengths.reshape(-1), "prompt lengths")
             if self.is_packed:
+                compiled = ", or attention_mask of ones if they are not packed (compiled forwards do not know)"
                 raise MaskError(
                     "prompt lengths cannot say where the prompts of packed documents end; pass decode_rows"
+                    + (compiled if torch.compiler.is_compiling() else "")
                 )
             dense = rows_from(lengths - tail)
             return near | (dense if decode_is_full else dense & negated(rows_from(lengths))), None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ def prompt(
 
     Rows at positions at or after the length of their prompt are decode rows, whatever the shape of the forward
     they come in: chunked prefill, assisted decoding, several turns. The keywords `prompt_lengths` and
-    `decode_rows` of a forward do the same for that forward.
+    `decode_rows` of a forward do the same for that forward. An inner `prompt` replaces an outer one as a whole, and a
+    thread knows only those that were entered in it.
 
     Args:
         lengths: tokens of each prompt, pads excluded: one int for all sequences, or one per sequence `[batch]`.
@@ -101,12 +103,20 @@ def _checked(
         raise MaskError(
             f"decode_rows: expected bool [batch, q_len], got {decode_rows.dtype} of shape {list(decode_rows.shape)}"
         )
-    if lengths is None or isinstance(lengths, int):
-        return lengths, decode_rows
+    if lengths is None:
+        return None, decode_rows
     if not isinstance(lengths, Tensor):
-        if len(set(lengths)) == 1:
-            return int(lengths[0]), None  # known without reading a tensor, so the plan can be split there
-        lengths = torch.tensor(lengths)
+        several = isinstance(lengths, Iterable) and not isinstance(lengths, str)
+        numbers = [_whole(length) for length in (lengths if several else [lengths])]  # type: ignore[union-attr]
+        if len(set(numbers)) == 1:
+            return numbers[0], None  # known without reading a tensor, so the plan can be split there
+        lengths = torch.tensor(numbers)
     if lengths.dim() > 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise MaskError(f"prompt lengths: expected ints [batch], got {lengths.dtype} of shape {list(lengths.shape)}")
     return lengths, None
+
+
+def _whole(length: Any) -> int:
+    if isinstance(length, bool) or not hasattr(length, "__index__") or length < 0:
+        raise MaskError(f"prompt lengths: expected numbers of tokens, got {length!r}")
+    return length if isinstance(length, int) else operator.index(length)
