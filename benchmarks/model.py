@@ -386,7 +386,7 @@ def table(results: list[Result]) -> Table:
     for r in results:
         cells = (f"{r.context:,}", str(r.batch), r.method, r.recipe)
         if r.note:
-            view.add_row(*cells, r.note[:30])
+            view.add_row(*cells, r.note)
             continue
         first = (shown(r.ttft_s, 3), shown(over(r.ttft_s, r.floor_s), 2), shown(sooner(r, results), 2))
         values = (*first, shown(r.ms_per_token, 2), shown(r.peak_gib, 1), shown(r.total_s, 2))

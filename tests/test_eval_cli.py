@@ -57,6 +57,7 @@ def test_eval_prints_a_table_and_writes_summary_and_picture(given, folder, tmp_p
     pytest.importorskip("matplotlib")
     done = answered(*given)
     assert "1 rows of qa:rows are left out:" in done.stderr and "row 4" in done.stderr
+    assert "naive: the window covers all of 300, so there is nothing to measure" in done.stderr
     assert f"wrote summary.json and summary.png to {tmp_path / 'out'}" in done.stderr
     assert (tmp_path / "out" / "summary.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

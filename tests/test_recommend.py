@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import visible_pairs as pairs_of
 from test_demo import tiny, word_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 from typer.testing import CliRunner
 
 import swaa_flex
@@ -46,6 +46,12 @@ def test_a_model_holds_what_is_estimated(config):
     before = model.config.swaa
     assert measure(model, config, 50, tokens=2).cache_bytes == estimate(model, config, 52).cache_bytes
     assert model.config.swaa == before
+
+
+def test_models_without_grouped_queries_are_estimated():
+    config = GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    cost = estimate(GPTNeoXForCausalLM(config), FULL, 50)
+    assert cost.cache_bytes == 2 * 2 * 4 * 8 * 2 * 50  # layers, keys and values, heads, head_dim, bytes, tokens
 
 
 def test_the_estimate_counts_operations_and_bytes():

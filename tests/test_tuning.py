@@ -289,6 +289,14 @@ def test_a_model_is_as_before_after_an_interruption_and_carries_one_adapter_only
             again()
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as accelerate starts them for ddp.yaml where there is no GPU
+    with pytest.raises(
+        ConfigError, match=r"2 processes were started and none knows of the others.*ACCELERATE_USE_CPU"
+    ):
+        finetune(adapted(), examples(2), tmp_path, quiet=True)
+
+
 def test_a_model_is_trainable_again_after_an_error_and_the_folder_free(tmp_path, monkeypatch):
     model = adapted().train()
     model.model.embed_tokens.weight.requires_grad_(False)

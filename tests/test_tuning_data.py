@@ -189,8 +189,11 @@ def test_a_file_without_a_usable_row_is_refused(tmp_path):
     path = jsonl(tmp_path / "data.jsonl", {"text": "a"}, {"text": "b", "label": 1})
     with pytest.raises(ConfigError, match=r"found columns text, label, expected 'prompt'.*rename the columns"):
         read_samples(path)
-    with pytest.raises(ConfigError, match=r"found no rows with columns, expected 'prompt'"):
+    with pytest.raises(ConfigError, match=r"data\.jsonl is empty"):
         read_samples(jsonl(path))
+    path.write_bytes(b"\x00\xff no JSON\n")
+    with pytest.raises(ConfigError, match=r"none of its 1 rows can be used.* row 0: no JSON"):
+        read_samples(path)
     with pytest.raises(ConfigError, match=r"none of its 2 rows can be used.* row 0: prompt is empty"):
         read_samples(jsonl(path, {"prompt": ""}, {"prompt": ""}))
     with pytest.raises(ConfigError, match=r"data\.csv: expected a file that ends in \.jsonl, \.json, \.parquet"):

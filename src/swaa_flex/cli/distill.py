@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import ConfigError
 from ..tuning import distill as distillation
 from ..tuning.data import read_samples
 from . import checkpoint
@@ -67,4 +68,10 @@ def distill(
     typer.echo(
         f"{result.rows} prompts{resumed}: {result.answered} with an answer that ended in {max_new_tokens} tokens"
     )
+    if not result.kept:
+        result.path.unlink()
+        raise ConfigError(
+            f"no answer was kept, so {result.path} is gone again; give answers more room (--max-new-tokens), another "
+            "--judge, or more tries (--n)"
+        )
     typer.echo(f"kept {result.kept} answers, wrote {result.path}")

@@ -120,6 +120,12 @@ def eval_(
             configs = _recipes(recipes or RECIPES, config.model_type, window, sinks)
         else:
             configs = settings.named(of_settings, config.num_hidden_layers)
+        idle = [name for name, swaa in configs.items() if (swaa.sliding_window or 0) >= max(chosen_lengths)]
+        if idle:
+            say(
+                f"{', '.join(idle)}: the window covers all of {lengths}, so there is nothing to measure; take longer "
+                "--lengths, or a --window that they exceed"
+            )
         summary = evaluate(
             loaded,
             tokenizer,

@@ -101,11 +101,12 @@ def read_samples(path: str | Path) -> tuple[list[Sample], list[str]]:
             bad.append(f"row {number}: {error}")
     if samples:
         return samples, bad
-    if not columns.keys() & {"prompt", "messages"}:
-        found = f"columns {', '.join(columns)}" if columns else "no rows with columns"
+    if not bad:
+        raise ConfigError(f"{path} is empty; expected one row per conversation")
+    if columns and not columns.keys() & {"prompt", "messages"}:
         raise ConfigError(
-            f"{path}: found {found}, expected 'prompt' (text) or 'messages' (a list of role and content), with "
-            "'answer' and 'question' if there are any; rename the columns"
+            f"{path}: found columns {', '.join(columns)}, expected 'prompt' (text) or 'messages' (a list of role and "
+            "content), with 'answer' and 'question' if there are any; rename the columns"
         )
     raise ConfigError(f"{path}: none of its {len(bad)} rows can be used; correct them. The first: {bad[0]}")
 

@@ -184,6 +184,12 @@ def finetune(
             callbacks=[_EmbeddingsInForwardOnly(), *([] if quiet else [_Progress()])],
         )
         trainer.remove_callback(PrinterCallback)
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if processes != trainer.args.world_size:
+            raise ConfigError(
+                f"{processes} processes were started and none knows of the others; without GPUs accelerate needs "
+                "ACCELERATE_USE_CPU=true, or start a single process"
+            )
         last = _last_checkpoint(folder)
         if last is not None and _is_complete(last):  # which transformers would train for one more step
             trainer._load_from_checkpoint(last)
