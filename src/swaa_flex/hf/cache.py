@@ -399,8 +399,9 @@ class Stored:
         if isinstance(self.layer, SinksAndWindowLayer):
             self.layer.after_attention(decoding)
         elif isinstance(self.layer, StaticSinksAndWindowLayer) and not self.ring:
-            # Attention may have worked on more heads than are stored (multi-head latent attention, JetMoE).
-            self.layer.after_attention(*(self.handed or (keys, values)), self, lengths_known, decoding)
+            if self.handed is not None and self.handed[0].shape != keys.shape:
+                keys, values = self.handed  # attention worked on more heads (multi-head latent attention, JetMoE)
+            self.layer.after_attention(keys, values, self, lengths_known, decoding)
 
 
 def stored(keys: Tensor, layer_idx: object) -> Stored | None:
