@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import LayerKind, SWAAConfig
 from ..hf import SWAACache, prompt
 from ..hf.cache import CACHE
+from ..hf.config import kv_shape
 from .evaluated import evaluated
 
 
@@ -86,7 +87,7 @@ def estimate(model: Any, config: SWAAConfig, context: int, rates: Rates = H200) 
         rates: of the machine.
     """
     text = model.config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads, head_dim = kv_shape(text)
     embedding = model.get_input_embeddings().weight
     weights = sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
     output = embedding.numel()  # the matrix of the logits: of one row in a prompt
@@ -94,7 +95,6 @@ def estimate(model: Any, config: SWAAConfig, context: int, rates: Rates = H200) 
     kinds = config.resolve(text.num_hidden_layers)
     pairs = sum(visible_pairs(config, kind, context) for kind in kinds)
     operations = 4 * text.num_attention_heads * head_dim * pairs
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     per_key = 2 * kv_heads * head_dim * 2
     looked_at = sum(_keys(config, kind, context) for kind in kinds) * per_key
     return Cost(

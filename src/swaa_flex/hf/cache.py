@@ -30,7 +30,7 @@ from transformers.masking_utils import create_causal_mask
 
 from ..errors import ConfigError, UnsupportedModelError
 from .cache_layers import Pads, SinksAndWindowLayer, StaticSinksAndWindowLayer
-from .config import swaa_of
+from .config import kv_shape, swaa_of
 from .prompt import checked_lengths
 
 _RELEASING = (SinksAndWindowLayer, StaticSinksAndWindowLayer)
@@ -154,9 +154,7 @@ class SWAACache(Cache):
 
     def size_of(self, batch_size: int, dtype: torch.dtype) -> tuple[float, float]:
         """Bytes that a cache of fixed size takes per token of `max_length`, and apart from them."""
-        text = self.config
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads, head_dim = kv_shape(self.config)
         for layer in self.layers:  # under tensor parallelism each process has a part of them
             heads = heads if layer.keys is None else layer.keys.shape[1]
         token = 2.0 * batch_size * heads * head_dim * dtype.itemsize
@@ -409,13 +407,14 @@ def stored(keys: Tensor, layer_idx: object) -> Stored | None:
     handed = _handed()
     if len(handed) == 0:
         return None
-    out = handed.pop()
-    if out[3] != layer_idx or out[0].shape[2] != keys.shape[2]:
+    out_keys, out_values, cache, out_layer = handed.pop()
+    if out_layer != layer_idx or out_keys.shape[2] != keys.shape[2]:
         return None
-    cache, layer = out[2], out[2].layers[out[3]]
+    layer = cache.layers[out_layer]
     if isinstance(layer, _RELEASING):
-        return Stored(cache, layer, *layer.layout, handed=out[:2])  # type: ignore[misc]  # layouts are short
-    return Stored(cache, layer, handed=out[:2])
+        out = (out_keys, out_values)
+        return Stored(cache, layer, *layer.layout, handed=out)  # type: ignore[misc]  # layouts are short
+    return Stored(cache, layer)
 
 
 def told_by_attention_mask(first: Tensor, sizes: tuple[int, int]) -> None:

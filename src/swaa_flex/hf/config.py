@@ -88,3 +88,10 @@ def swaa_of(config: PreTrainedConfig) -> SWAAConfig:
         stored = config.swaa
     parsed: SWAAConfig = stored.parsed
     return parsed
+
+
+def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """Heads of keys and values, and their size, as the configuration of a text model says them, or implies."""
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads, head_dim

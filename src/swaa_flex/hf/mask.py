@@ -141,22 +141,9 @@ class ForwardMask(BlockMask):
                 f"{self.config.model_type}: the model takes a part of its attention mask, which swaa_flex makes as a "
                 "whole; use another attn_implementation"
             )
-        batch, heads, q_len, kv_len = self.sizes
-        first, stop, step = rows.indices(q_len)
-        assert stop == q_len and step == 1
-        return ForwardMask(
-            config=self.config,
-            sizes=(batch, heads, q_len - first, kv_len),
-            q_offset=self.q_offset + first,
-            kv_offset=self.kv_offset,
-            native=self.native,
-            mask_function=self.mask_function,
-            is_packed=self.is_packed,
-            ends=self.ends,
-            seen=self.seen,
-            info=self.info,
-            device=self.device,
-        )
+        first, stop, step = rows.indices(self.sizes[2])
+        assert stop == self.sizes[2] and step == 1
+        return self._with(self.q_offset + first, self.ends, self.device, q_len=stop - first)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -184,10 +171,17 @@ class ForwardMask(BlockMask):
         assert self.ends is None
         return self._with(q_offset, None, torch.device("cpu"))
 
-    def _with(self, q_offset: int | Tensor, ends: tuple[Tensor, Tensor] | None, device: torch.device) -> ForwardMask:
+    def _with(
+        self,
+        q_offset: int | Tensor,
+        ends: tuple[Tensor, Tensor] | None,
+        device: torch.device,
+        q_len: int | None = None,
+    ) -> ForwardMask:
+        batch, heads, rows, kv_len = self.sizes
         return ForwardMask(
             config=self.config,
-            sizes=self.sizes,
+            sizes=(batch, heads, rows if q_len is None else q_len, kv_len),
             q_offset=q_offset,
             kv_offset=self.kv_offset,
             native=self.native,

@@ -184,12 +184,6 @@ def finetune(
             callbacks=[_EmbeddingsInForwardOnly(), *([] if quiet else [_Progress()])],
         )
         trainer.remove_callback(PrinterCallback)
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if processes != trainer.args.world_size:
-            raise ConfigError(
-                f"{processes} processes were started and none knows of the others; without GPUs accelerate needs "
-                "ACCELERATE_USE_CPU=true, or start a single process"
-            )
         last = _last_checkpoint(folder)
         if last is not None and _is_complete(last):  # which transformers would train for one more step
             trainer._load_from_checkpoint(last)
@@ -318,9 +312,8 @@ class _EmbeddingsInForwardOnly(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        sharded = hasattr(embeddings, "set_unshard_in_backward")
-        if sharded and (head is None or head.weight is not embeddings.weight):
+        embeddings = model.get_input_embeddings()
+        if hasattr(embeddings, "set_unshard_in_backward") and _tied_head(model) is None:
             embeddings.set_unshard_in_backward(False)
 
 
@@ -344,6 +337,12 @@ class _Progress(TrainerCallback):
             )
 
 
+def _tied_head(model: Any) -> Any:
+    """The layer of the logits, if it shares its weights with the input embeddings."""
+    head = model.get_output_embeddings()
+    return head if head is not None and head.weight is model.get_input_embeddings().weight else None
+
+
 def _check_model(model: PreTrainedModel, config: TuningConfig) -> None:
     if model.config._attn_implementation != "swaa_flex":
         raise ConfigError(
@@ -352,8 +351,8 @@ def _check_model(model: PreTrainedModel, config: TuningConfig) -> None:
         )
     refuse_adapter(model)
     refuse_dropped_keywords(model.config, "it cannot be tuned: it does not learn where prompts end")
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is embeddings.weight:
+    head = _tied_head(model)
+    if head is not None:
         names = {name.rpartition(".")[2] for name, part in model.named_modules() if part is head}
         if names & set(config.target_modules):
             raise ConfigError(
@@ -435,7 +434,8 @@ def _with_adapter(model: PreTrainedModel, config: TuningConfig) -> PeftModel:
 
 
 def _arguments(folder: Path, config: TuningConfig, examples: int, evaluates: bool) -> TrainingArguments:
-    forwards = math.ceil(examples / (config.batch_size * int(os.environ.get("WORLD_SIZE", 1))))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    forwards = math.ceil(examples / (config.batch_size * processes))
     steps = config.max_steps or math.ceil(math.ceil(forwards / config.gradient_accumulation) * config.epochs)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -462,6 +462,11 @@ def _arguments(folder: Path, config: TuningConfig, examples: int, evaluates: boo
         remove_unused_columns=False,
         label_names=["labels"],
     )
+    if arguments.world_size != processes:
+        raise ConfigError(
+            f"{processes} processes were started and none knows of the others; without GPUs accelerate needs "
+            "ACCELERATE_USE_CPU=true, or start a single process"
+        )
     if arguments.device.type == "cuda":
         arguments._n_gpu = 1  # several GPUs take several processes, not transformers' threads
     return arguments
