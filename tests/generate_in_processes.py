@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from processes import leave
 from test_models import batch
 from transformers import AutoModelForCausalLM
 
@@ -56,4 +57,4 @@ if __name__ == "__main__":
     model, results = map(Path, sys.argv[1:])
     sharded = answers(model, distributed_config=DistributedConfig(tp_plan="auto"))
     torch.save(sharded, results / f"{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()
+    leave()

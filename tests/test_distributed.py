@@ -1,20 +1,16 @@
 """Models spread over processes (tensor parallelism) or dispatched by accelerate answer as on one device."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from generate_in_processes import CACHES, RECIPES, answers
+from processes import PROCESSES, run_in_processes
 from test_models import SIZE, batch, tiny
 from transformers import AutoModelForCausalLM
 
 from swaa_flex import SWAACache
 from swaa_flex.hf import make_forward_mask
-
-PROCESSES = 2
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +18,6 @@ def saved(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
     tiny("llama", vocab_size=100).save_pretrained(path)  # transformers 5.17 shards lm_head in equal parts only
     return path
-
-
-def run_in_processes(name: str, *arguments: object, timeout: float = 240, **environment: str) -> None:
-    script = Path(__file__).with_name(name)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
-    # Without a GPU in sight transformers picks gloo, as NCCL cannot have two processes on one GPU.
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
-    command = [*launcher, str(script), *map(str, arguments)]
-    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        finally:
-            process.terminate()  # unlike kill, it lets torchrun end the processes that it has started
-    assert process.returncode == 0, output
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")

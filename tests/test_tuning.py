@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import run_in_processes
 from safetensors.torch import load_file, save_file
-from test_distributed import run_in_processes
 from test_models import tiny
 from transformers import AutoModelForCausalLM
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from processes import leave
 from test_tuning import SHARED, adapted, examples, finetune
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -39,4 +40,4 @@ if __name__ == "__main__":
     sharded = any(isinstance(parameter, DTensor) for parameter in tuned.parameters())
     found = {"sharded": sharded, "world": torch.distributed.get_world_size(), "unshard_in_backward": kept}
     (folder / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    leave()
