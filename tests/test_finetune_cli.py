@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from test_distill import tiny_model, words_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from swaa_flex import SWAAConfig
+from swaa_flex import SWAAConfig, recipes
 from swaa_flex.cli import app
 from swaa_flex.tuning import load_adapter, prompt_ids
 
@@ -58,10 +58,18 @@ def test_finetune_writes_an_adapter_that_has_learned_the_answers(folder, tuned):
 def test_merge_writes_a_plain_model_with_the_recipe(folder, tuned):
     done = run("merge", folder / "model", folder / "run" / "adapter", folder / "merged")
     assert done.exit_code == 0, done.output
+    assert f"with the recipe {RECIPE}" in done.output
     model = AutoModelForCausalLM.from_pretrained(folder / "merged", attn_implementation="swaa_flex").eval()
     assert model.config.swaa == RECIPE.to_dict()
     assert answer(model, folder) == "blue <end>"
     assert AutoTokenizer.from_pretrained(folder / "merged").chat_template
+
+
+def test_merge_says_which_recipe_it_took_instead_of_the_adapters_own(folder, tuned):
+    done = run("merge", folder / "model", folder / "run" / "adapter", folder / "other", "--recipe", "naive")
+    assert done.exit_code == 0, done.output
+    assert f"with the recipe {recipes.get('naive')}" in done.output
+    assert AutoConfig.from_pretrained(folder / "other").swaa == recipes.get("naive").to_dict()
 
 
 def answer(model, folder):

@@ -16,6 +16,7 @@ from .. import recipes
 from ..config import SWAAConfig
 from ..errors import ConfigError
 from ..hf.adapt import adapt
+from ..hf.config import swaa_of
 from ..tuning import adapters, train
 from ..tuning.data import Example, encode, encode_each, fit, read_samples
 from . import checkpoint
@@ -108,7 +109,8 @@ def merge(
     adapter: Annotated[Path, typer.Argument(help="The folder of the adapter.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     recipe: Annotated[
-        str | None, typer.Option(help="The recipe of an adapter that does not bring its own: a name or a .json file.")
+        str | None,
+        typer.Option(help="A name or a .json file, instead of the recipe that the adapter brings, if it brings one."),
     ] = None,
 ) -> None:
     """Fold an adapter into its base model: a plain model, with the recipe in its config.
@@ -120,9 +122,10 @@ def merge(
         raise ConfigError(f"{out} is the base model itself; expected another folder to write")
     loaded, tokenizer = checkpoint.load(model)
     tuned = adapters.load_adapter(loaded, adapter, None if recipe is None else _recipe(recipe))
-    adapters.merge(tuned, out, None if model.endswith(".gguf") else AutoConfig.from_pretrained(model).dtype)
+    dtype = None if model.endswith(".gguf") else AutoConfig.from_pretrained(model).dtype
+    merged = adapters.merge(tuned, out, dtype)
     tokenizer.save_pretrained(out)
-    typer.echo(f"wrote {out}")
+    typer.echo(f"wrote {out}, with the recipe {swaa_of(merged.config)}")
 
 
 def _recipe(name: str) -> str | SWAAConfig | dict[str, Any]:
