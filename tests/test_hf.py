@@ -49,6 +49,21 @@ def test_from_pretrained_takes_the_name_and_the_configuration(tmp_path):
         assert model.config.swaa == expected.to_dict()
 
 
+def test_a_field_that_is_set_in_the_configuration_of_a_model_counts(model, tmp_path):
+    ids = torch.randint(3, 99, (1, 60))
+    model.config.swaa["sliding_window"] = 24
+    model.config.swaa.update(sink_tokens=0, full_attention_layers=())
+    changed = SWAAConfig(sliding_window=24, sink_tokens=0, full_attention_layers=(), dense_tail=4)
+    torch.testing.assert_close(logits(model, ids), reference_logits(model, ids, changed), **TIGHT)
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).swaa == model.config.swaa == changed.to_dict()
+    with pytest.raises(ConfigError, match="sliding_windw"):
+        model.config.swaa["sliding_windw"] = 24
+    with pytest.raises(ConfigError, match="sliding_window"):
+        model.config.swaa["sliding_window"] = 0
+    assert model.config.swaa == changed.to_dict()
+
+
 def test_omitting_the_configuration_takes_the_default_recipe(tmp_path):
     LlamaForCausalLM(LlamaConfig(**SIZE)).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="swaa_flex")

@@ -18,12 +18,20 @@ RECIPE_VARIABLE = "SWAA_FLEX_RECIPE"
 class StoredConfig(dict[str, Any]):
     """A `SWAAConfig` as the plain dict that is written to config.json, with the parsed one at hand.
 
-    torch.compile cannot trace the parsing, hence the attribute.
+    torch.compile cannot trace the parsing, hence the attribute; fields that are set are parsed at once.
     """
 
     def __init__(self, parsed: SWAAConfig) -> None:
         super().__init__(parsed.to_dict())
         self.parsed = parsed
+
+    def __setitem__(self, field: str, value: Any) -> None:
+        self.update({field: value})
+
+    def update(self, *fields: Any, **more: Any) -> None:
+        """As a dict does it; raises ConfigError as `SWAAConfig` does, and then changes nothing."""
+        self.parsed = SWAAConfig.from_dict({**self, **dict(*fields, **more)})
+        super().update(self.parsed.to_dict())
 
     def __deepcopy__(self, memo: object) -> StoredConfig:
         return StoredConfig(self.parsed)
