@@ -1,5 +1,7 @@
 """The project's tasks. `nox -l` lists them; what follows `--` goes to the tool that the session runs."""
 
+import shutil
+
 import nox
 
 nox.needs_version = ">=2025.10.14"
@@ -8,6 +10,8 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "typecheck", "docs", "tests"]
 
 EXTRAS = "demo,plot,tune"
+# Without those that need vLLM or a second GPU, and those of quality, which take long.
+BENCHMARKS = ("block_mask", "prefill_kernel", "overhead", "model", "decode", "decode_kernel", "startup", "training")
 VLLM_TESTS = tuple(f"tests/test_vllm{part}.py" for part in ("", "_backend", "_engine"))
 OLDEST_TRANSFORMERS = "5.17.0"  # the lower bound in pyproject.toml
 
@@ -96,7 +100,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Each benchmark against what one would use instead; `-- --quick` for small sizes."""
-    install(session, ".[plot]")
-    for name in ("block_mask", "prefill_kernel", "overhead", "model", "decode", "startup", "training"):
+    """The benchmarks of one process against what one would use instead; `-- --quick` for small sizes."""
+    install(session, ".[plot,flash]" if shutil.which("nvidia-smi") else ".[plot]")
+    for name in BENCHMARKS:
         session.run("python", f"benchmarks/{name}.py", *session.posargs)

@@ -71,7 +71,7 @@ def main() -> None:
     given = parser.parse_args()
     config = QUICK if given.quick else Config()
     swaa = {name: c.to_dict() for name, c in configurations(config).items()}
-    report = runner.Report(f"accuracy_{runner.device()}", config, line, given.out, {"configurations": swaa})
+    report = runner.Report(f"accuracy_{runner.device()}", config, line, given.out, setup={"configurations": swaa})
     begun = time.perf_counter()
     with (
         recovery.model_folder(),
@@ -96,7 +96,7 @@ def main() -> None:
             name, length = jobs[job]
             if error := job.exception():
                 traceback.print_exception(error)
-                failed[name] = f"{type(error).__name__}: {error}"[:160]
+                failed[name] = runner.noted(error)
                 report.facts["failed"] = failed
                 continue
             for cell in job.result():
@@ -227,11 +227,7 @@ def cell(r: Result | None) -> str:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = runner.pyplot()
     results = [Result(**r) for r in data["results"]]
     windows = data["config"]["windows"]
     tasks = list(dict.fromkeys(r.task for r in results))
@@ -263,13 +259,16 @@ def plot(data: dict[str, Any], path: Path) -> None:
                 axis.errorbar(places, values, errors, markersize=3, linewidth=0.8, label=name, **style)
             axis.set_xticks(range(len(lengths)), [str(length) for length in lengths])
             axis.set_title(f"{task}, W {window}", fontsize=9)
+            axis.set(xlabel="tokens", ylabel="perplexity" if task == "ppl" else "share found")
             axis.grid(alpha=0.3)
             if task == "ppl":
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter("{x:.3g}")
                 axis.yaxis.set_minor_formatter("{x:.3g}")
     figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
-    figure.suptitle(f"SmolLM2-135M-Instruct without training, {data['config']['samples']} samples; bars: 95 %")
+    figure.suptitle(
+        f"{data['machine']}: SmolLM2-135M-Instruct without training, {data['config']['samples']} samples; bars: 95 %"
+    )
     figure.savefig(path, dpi=110)
 
 

@@ -8,7 +8,6 @@ Prints the floor first: the bytes of the lists, written once at the measured cop
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 import runner
 import torch
 from rich.table import Table
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import swaa_flex
@@ -95,12 +95,19 @@ def measure(method: str, length: int, config: Config) -> Result:
         needed = length**2 * 10
         if method == "create_block_mask" and needed > config.memory_limit:
             return Result(method, length, None, None, None, None, note=f"needs about {needed >> 30} GiB")
-        function = create_block_mask if method == "create_block_mask" else compiled_create_block_mask()
+        function = create_block_mask
+        if method == "create_block_mask compiled":  # for one length, which is its fastest
+            function = torch.compile(runner.own(create_block_mask), dynamic=False)
+        near, first = config.sliding_window, config.sink_tokens
+
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return (q >= kv) & ((q - kv < near) | (kv < first))
+
         if method == "create_block_mask compiled" and device == "cpu" and length > 1 << 17:
             return Result(method, length, None, None, None, None, note="not run: minutes")
 
         def build() -> BlockMask:
-            return function(mask, None, None, length, length, device=device)
+            return function(mask_mod, None, None, length, length, device=device)
 
     try:
         start = time.perf_counter()
@@ -114,30 +121,17 @@ def measure(method: str, length: int, config: Config) -> Result:
             build()
             peak = (torch.cuda.max_memory_allocated() - before) / 2**20
         repeats = max(3, min(config.repeats, int(2 / max(first, 1e-3))))
-        median = statistics.median(timed(build) for _ in range(repeats)) * 1e3
+        median = statistics.median(runner.seconds_of(build) for _ in range(repeats)) * 1e3
     except torch.OutOfMemoryError as error:
         return Result(method, length, None, None, None, None, note=str(error).split(".")[0])
     lists = sum(t.numel() * t.element_size() for t in index_tensors(built))
     return Result(method, length, median, peak, lists / 2**20, first, lists / config.bandwidth / 1e6)
 
 
-@functools.cache
-def compiled_create_block_mask() -> Callable[..., BlockMask]:
-    return torch.compile(create_block_mask)
-
-
-def index_tensors(built: BlockMask) -> list[torch.Tensor]:
+def index_tensors(built: BlockMask) -> list[Tensor]:
     names = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices")
     tensors = [getattr(built, prefix + name) for prefix in ("", "full_") for name in names]
     return [tensor for tensor in tensors if tensor is not None]
-
-
-def timed(build: Callable[[], BlockMask]) -> float:
-    runner.synchronise()
-    start = time.perf_counter()
-    build()
-    runner.synchronise()
-    return time.perf_counter() - start
 
 
 def line(result: Result) -> str:
@@ -170,11 +164,7 @@ def cell(result: Result) -> str:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = runner.pyplot()
     results = [Result(**result) for result in data["results"]]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, attribute, label in (
@@ -184,15 +174,13 @@ def plot(data: dict[str, Any], path: Path) -> None:
         for method in METHODS:
             points = [(r.length, getattr(r, attribute)) for r in results if r.method == method and r.milliseconds]
             if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=method)
-        if attribute == "milliseconds":
-            points = [(r.length, r.floor_milliseconds) for r in results if r.method == METHODS[0]]
-            axis.plot(*zip(*points, strict=True), linestyle=":", color="grey", label="floor")
+                style = {"linestyle": "--", "marker": "x"} if method == "create_block_mask" else {"marker": "o"}
+                axis.plot(*zip(*points, strict=True), label=method, zorder=3 if style["marker"] == "x" else 2, **style)
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.suptitle(f"{data['machine']}, torch {data['versions']['torch']}")
+    figure.suptitle(f"{runner.card(data)}, torch {data['versions']['torch']}")
     figure.savefig(path, dpi=110)
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/decode.py [--quick] [--batch 1] [--out docs/benchmarks]
 
-Weights and cache contents are random: speed does not depend on them. The floor is the bytes of the weights and of the
+Weights and cache contents are random: speed does not depend on them. On a CPU, where it takes minutes, swaa_flex does
+not compile, so that `--quick` there compares nothing. The floor is the bytes of the weights and of the
 keys and values that the recipe lets a token see, read once at the measured bandwidth. Writes JSON and a plot.
 """
 
@@ -47,6 +48,8 @@ RECIPES = {
     "1/4 full": SWAAConfig(2048, 128, "1::4", False, 0),
     "all SWA": SWAAConfig(2048, 128, (), False, 0),
 }
+# Throughput relative to full attention, one H100, vLLM, 128 k in and 512 out (arXiv 2512.10411, table of efficiency).
+PAPER = {"all SWA": 8.2, "1/2 full": 1.79, "FA decode": 1.71}
 STOCK = ("sdpa eager", "sdpa compiled", "flex compiled")
 
 
@@ -77,8 +80,9 @@ def main() -> None:
     parser = runner.arguments(__doc__)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tune", action="store_true", help="let inductor search for faster kernels: minutes")
-    parser.add_argument("--methods", default=",".join(("swaa_flex", *STOCK)))
+    parser.add_argument("--methods", nargs="+", choices=("swaa_flex", *STOCK), default=("swaa_flex", *STOCK))
     given = parser.parse_args()
+    runner.needs_gpu(given.quick)
     device, bandwidth = runner.device(), runner.read_bandwidth()
     config = Config(
         batch=given.batch,
@@ -88,14 +92,11 @@ def main() -> None:
         options={"coordinate_descent_tuning": True} if given.tune else {},
         bandwidth=bandwidth,
     )
-    facts = {
-        "read_bandwidth_gb_s": round(bandwidth, 1),
-        "recipes": {name: recipe.to_dict() for name, recipe in RECIPES.items()},
-    }
-    report = runner.Report(f"decode_{device}_batch{given.batch}", config, line, given.out, facts)
-    methods = given.methods.split(",")
-    jobs = [Ours(config, recipe) for recipe in RECIPES if "swaa_flex" in methods]
-    for method in (method for method in STOCK if method in methods):
+    facts = {"read_bandwidth_gb_s": round(bandwidth, 1)}
+    setup = {"recipes": {name: recipe.to_dict() for name, recipe in RECIPES.items()}}
+    report = runner.Report(f"decode_{device}_batch{given.batch}", config, line, given.out, facts, setup)
+    jobs = [Ours(config, recipe) for recipe in RECIPES if "swaa_flex" in given.methods]
+    for method in (method for method in STOCK if method in given.methods):
         jobs += [Stock(config, method, context) for context in config.contexts]
     runner.run(sorted(jobs, key=lambda job: -job.gib), report, headroom_gib=0 if given.quick else 15)
     report.results.sort(key=rank)
@@ -270,7 +271,7 @@ def weight_bytes(config: Config) -> int:
     # With tied embeddings the one matrix is read whole as the output layer, and one row of it as the input.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **config.shape))
-    return sum(p.numel() for p in model.parameters()) * itemsize()
+    return sum(p.numel() for p in model.parameters()) * runner.itemsize()
 
 
 def cache_bytes(config: Config, swaa: SWAAConfig, context: int) -> int:
@@ -280,7 +281,7 @@ def cache_bytes(config: Config, swaa: SWAAConfig, context: int) -> int:
         near = context if swaa.sliding_window is None else min(context, swaa.sliding_window + swaa.sink_tokens)
         tokens += context if kind.full_attention_decode else near
     batch, heads, _, head_dim = kv_shape(config, 1)
-    return 2 * batch * heads * head_dim * tokens * itemsize()
+    return 2 * batch * heads * head_dim * tokens * runner.itemsize()
 
 
 def held_gib(config: Config, recipe: str, context: int) -> float:
@@ -294,10 +295,6 @@ def fits(config: Config, recipe: str, context: int) -> bool:
 
 def kv_shape(config: Config, tokens: int) -> tuple[int, int, int, int]:
     return config.batch, config.shape["num_key_value_heads"], tokens, config.shape["head_dim"]
-
-
-def itemsize() -> int:
-    return 2 if runner.device() == "cuda" else 4
 
 
 # --- what is printed ------------------------------------------------------------------------------------------
@@ -337,11 +334,7 @@ def cell(result: Result | None) -> str:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = runner.pyplot()
     results = [Result(**result) for result in data["results"]]
     figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
     for method, recipe in dict.fromkeys((r.method, r.recipe) for r in results):
@@ -356,9 +349,12 @@ def plot(data: dict[str, Any], path: Path) -> None:
                 axis.plot(*zip(*floors, strict=True), linestyle=":", color=drawn.get_color(), alpha=0.7)
     axis.set(xlabel="tokens of context", ylabel="ms per token", yscale="log")
     axis.set_xscale("log", base=2)
+    axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:.3g}")
+    axis.yaxis.set_minor_formatter(plt.NullFormatter())
     axis.grid(alpha=0.3, which="both")
     figure.legend(fontsize=8, loc="outside right")
-    axis.set_title(f"{data['machine']}, batch {data['config']['batch']}; dotted: bandwidth floor", fontsize=10)
+    axis.set_title(f"{runner.card(data)}, batch {data['config']['batch']}; dotted: bandwidth floor", fontsize=10)
     figure.savefig(path, dpi=110)
 
 

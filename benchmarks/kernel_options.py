@@ -1,6 +1,6 @@
 """Prefill attention under window 2048 and 128 sinks: options, block orders and ways to write the mask, side by side.
 
-    python benchmarks/kernel_options.py [--quick] [--only NAME,NAME] [--out docs/benchmarks]
+    python benchmarks/kernel_options.py [--quick] [--only NUMBER ...] [--out docs/benchmarks]
 
 What swaa_flex chose from this, and what it dropped, is in docs/performance-log.md. The error is the largest difference
 to float64 attention in sampled rows, the first and the last ones among them. Needs a CUDA device, but for `--quick`.
@@ -25,6 +25,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import swaa_flex
+from swaa_flex.kernels import DECODE_OPTIONS
 from swaa_flex.masks import causal, rows_from, sinks, window
 
 W, K, TAIL = 2048, 128, 64
@@ -182,8 +183,9 @@ class Result:
 
 def main() -> None:
     parser = runner.arguments(__doc__)
-    parser.add_argument("--only", help="groups, by number")
+    parser.add_argument("--only", nargs="+", type=int, choices=range(len(variants(False))), help="groups, by number")
     given = parser.parse_args()
+    runner.needs_gpu(given.quick)
     rate = runner.matmul_rate()
     config = Config(W, K, TAIL, rate)
     report = runner.Report(
@@ -191,7 +193,7 @@ def main() -> None:
     )
     groups = variants(given.quick)
     if given.only:
-        groups = [groups[int(number)] for number in given.only.split(",")]
+        groups = [groups[number] for number in given.only]
     runner.run([Group(tuple(group)) for group in groups], report, processes=14)
     report.results.sort(key=lambda r: (r.case, r.milliseconds or 1e9))
     report.close(table(report.results))
@@ -219,7 +221,7 @@ class Group:
                 runner.synchronise()
                 ready.append((variant, call))
             except Exception as error:  # what cannot run is a result
-                ready.append((variant, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:110]))
+                ready.append((variant, runner.noted(error)))
         return functools.partial(self.measure, ready)
 
     @torch.no_grad()
@@ -330,7 +332,7 @@ def tail_folded(rows: int) -> Callable[..., Callable[..., Tensor]]:
             number, indices, mask_mod=mask, seq_lengths=(rows, length), compute_q_blocks=False
         )
         compiled = torch.compile(runner.own(flex_attention), fullgraph=True, dynamic=False)
-        options = {"BACKEND": "TRITON_DECODE", "BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
+        options = {"BACKEND": "TRITON_DECODE"} | DECODE_OPTIONS
         options = options if query.is_cuda else None
 
         def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -358,7 +360,6 @@ CALLS: dict[str, Callable[..., Callable[..., Tensor]]] = {
     "ours_flash": of_case(ours("flash")),
     "stock": of_case(stock_flex(mask_included=False)),
     "cudnn": of_case(sdpa(SDPBackend.CUDNN_ATTENTION)),
-    "sdpa_flash": of_case(sdpa(SDPBackend.FLASH_ATTENTION)),
     "fa4": of_case(fa4(windowed=True)),
     "tail_triton": tail_triton,
     "tail_folded_16": tail_folded(16),

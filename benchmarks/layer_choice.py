@@ -99,7 +99,8 @@ class Result:
 def main() -> None:
     given = runner.arguments(__doc__, resumes=True).parse_args()
     config = QUICK if given.quick else Config()
-    report = runner.Report(f"layer_choice_{runner.device()}", config, line, given.out, resume=given.resume)
+    resume = Result if given.resume else None
+    report = runner.Report(f"layer_choice_{runner.device()}", config, line, given.out, resume=resume)
     to_choose = [by for by in reversed(config.chosen_by) if not report.has(named(config, *by))]
     to_score = [result for result in given_layers(config) if not report.has([result])]
     with recovery.model_folder(), runner.Pool(config.processes, config.gib) as pool:
@@ -115,9 +116,10 @@ def main() -> None:
                 error = future.exception()
                 if error is not None:  # the process itself died
                     for result in what:
-                        report.add(replace(result, note=noted(error)))
+                        report.add(replace(result, note=noted(error)), Result(result.choice, result.budget))
                 elif isinstance(future.result(), Result):
-                    report.add(future.result())
+                    result = future.result()
+                    report.add(result, Result(result.choice, result.budget))
                 else:
                     running |= {pool.submit(scored, config, choice): [choice] for choice in future.result()}
     report.results[:] = ranked(report.results)
@@ -231,7 +233,7 @@ def error_of_mean(scores: dict[str, float], prompts: int) -> float:
 
 def noted(error: BaseException) -> str:
     traceback.print_exception(error)
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160]
+    return runner.noted(error)
 
 
 # --- what is printed ------------------------------------------------------------------------------------------
@@ -274,11 +276,7 @@ def table(results: list[Result]) -> Table:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = runner.pyplot()
     results = [r for r in (Result(**r) for r in data["results"]) if not r.note]
     names = list(dict.fromkeys(r.choice for r in results if r.budget))
     budgets = list(dict.fromkeys(r.budget for r in results if r.budget))
@@ -310,7 +308,8 @@ def plot(data: dict[str, Any], path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
     config = data["config"]
     figure.suptitle(
-        f"SmolLM2-135M-Instruct, window {config['window']}, {config['sinks']} sinks: which layers stay full"
+        f"{data['machine']}: SmolLM2-135M-Instruct, window {config['window']}, {config['sinks']} sinks; "
+        "which layers stay full"
     )
     figure.savefig(path, dpi=110)
 

@@ -34,8 +34,10 @@ RECIPES = decode.RECIPES | {
     "FA decode": SWAAConfig(2048, 128, (), True, 0),
     "free": SWAAConfig(1, 0, (), False, 0),
 }
-# Throughput relative to full attention, one H100, vLLM, 128 k in and 512 out (arXiv 2512.10411, table of efficiency).
-PAPER = {"all SWA": 8.2, "1/2 full": 1.79, "FA decode": 1.71}
+METHODS = (
+    *("sdpa eager", "flex eager", "swaa_flex eager", "swaa_flex compiled", "swaa_flex compiled, short chunks"),
+    *("attention of one layer", "swaa_flex compiled, batch", "sdpa compiled", "swaa_flex compiled, 0.6B"),
+)
 SMALL = decode.QWEN3_4B | {
     "hidden_size": 1024,
     "intermediate_size": 3072,
@@ -61,7 +63,7 @@ class Result:
     ttft_s: float | None = None
     ms_per_token: float | None = None
     peak_gib: float | None = None
-    total_s: float | None = None  # reckoned: prompts one after the other, then 512 tokens together
+    total_s: float | None = None  # reckoned: prompts one after the other, then the other 511 tokens together
     warmup_s: float | None = None
     floor_s: float | None = None  # of ttft_s
     note: str = ""
@@ -70,14 +72,17 @@ class Result:
 def main() -> None:
     parser = runner.arguments(__doc__, resumes=True)
     parser.add_argument("--long", action="store_true", help="half a million tokens and a million too")
-    parser.add_argument("--methods", help="only these, by semicolons; with --resume the others are kept")
-    parser.add_argument("--recipes", help="only these, likewise")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="only these")
+    parser.add_argument("--recipes", nargs="+", choices=("", *RECIPES), help="only these")
     given = parser.parse_args()
+    runner.needs_gpu(given.quick)
     if given.quick:
         config = Config((512, 2048), decode.TINY, 512, 3)
     else:
         config = Config((32768, 131072), decode.QWEN3_4B, 8192)
-    report = runner.Report(f"model_{runner.device()}", config, line, given.out, resume=given.resume)
+    setup = {"recipes": {name: recipe.to_dict() for name, recipe in RECIPES.items()}}
+    resume = Result if given.resume else None
+    report = runner.Report(f"model_{runner.device()}", config, line, given.out, setup=setup, resume=resume)
     main: list[Job | Batch | Kernel] = [Job(config, method, "full") for method in ("sdpa eager", "flex eager")]
     main += [Job(config, "swaa_flex eager", recipe) for recipe in ("full", "1/2 full", "1/4 full", "all SWA")]
     main += [Job(config, "swaa_flex compiled", recipe) for recipe in RECIPES]
@@ -97,8 +102,7 @@ def main() -> None:
         chosen = [
             job
             for job in sorted(jobs, key=lambda job: -job.gib)
-            if (not given.methods or job.method in given.methods.split(";"))
-            and (not given.recipes or job.recipe in given.recipes.split(";"))
+            if job.method in given.methods and (not given.recipes or job.recipe in given.recipes)
         ]
         runner.run(chosen, report, processes=10, headroom_gib=0 if given.quick else headroom)
     report.results[:] = with_totals(report.results, config.shape["num_hidden_layers"])
@@ -118,7 +122,7 @@ def with_totals(results: list[Result], layers: int) -> list[Result]:
             r = dataclasses.replace(r, floor_s=free + full * one_full + (layers - full) * one_window)
         first = r.ttft_s if r.ttft_s is not None else prompts.get((r.recipe, r.context))
         if first is not None and r.ms_per_token is not None:
-            r = dataclasses.replace(r, total_s=r.batch * first + NEW * r.ms_per_token / 1e3)
+            r = dataclasses.replace(r, total_s=r.batch * first + (NEW - 1) * r.ms_per_token / 1e3)
         done.append(r)
     return sorted(done, key=lambda r: (r.context, r.batch, r.method, list(RECIPES).index(r.recipe)))
 
@@ -164,21 +168,17 @@ class Job:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         times: list[float] = []
-        while not times or (sum(times) < 8 and len(times) < 3):
+        request(context)  # the first one finds no memory cached
+        step = None
+        while len(times) < 2 or (sum(times) < 8 and len(times) < 3):
+            del step  # it holds the cache of the request before
             runner.synchronise()
             start = time.perf_counter()
             seconds, step = request(context)
             runner.synchronise()
             times.append(seconds or time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated() / GIB if runner.device() == "cuda" else None
-        step()
-        step()
-        runner.synchronise()
-        start = time.perf_counter()
-        for _ in range(self.config.steps):
-            step()
-        runner.synchronise()
-        ms = (time.perf_counter() - start) / self.config.steps * 1e3
+        ms = decode.timed(step, decoding(self.config))
         ttft = statistics.median(times)
         return Result(self.method, self.recipe, context, 1, ttft, ms, peak, warmup_s=warmup)
 
@@ -390,7 +390,7 @@ def table(results: list[Result]) -> Table:
             continue
         first = (shown(r.ttft_s, 3), shown(over(r.ttft_s, r.floor_s), 2), shown(sooner(r, results), 2))
         values = (*first, shown(r.ms_per_token, 2), shown(r.peak_gib, 1), shown(r.total_s, 2))
-        paper = shown(PAPER.get(r.recipe) if r.context == 131072 and r.method != Kernel.method else None, 2)
+        paper = shown(decode.PAPER.get(r.recipe) if r.context == 131072 and r.method != Kernel.method else None, 2)
         view.add_row(*cells, *values, shown(ratio(r, results), 2), shown(to_stock(r, results), 2), paper)
     return view
 
@@ -428,11 +428,7 @@ def throughput_ratio(r: Result, other: Result | None) -> float | None:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = runner.pyplot()
     results = [Result(**r) for r in data["results"]]
     contexts = data["config"]["contexts"]
     chosen = [r for r in results if r.context == max(contexts) and r.batch == 1 and r.total_s is not None]
@@ -442,7 +438,8 @@ def plot(data: dict[str, Any], path: Path) -> None:
     rest = [(r.total_s or 0) - (r.ttft_s or 0) for r in chosen]
     axis.barh(labels, first, label="first token")
     axis.barh(labels, rest, left=first, label=f"{NEW} tokens")
-    axis.set(xlabel="seconds", title=f"{data['machine']}: {max(contexts):,} tokens in, {NEW} out, batch 1")
+    title = f"{runner.card(data)}: {max(contexts):,} tokens in, {NEW} out (reckoned), batch 1"
+    axis.set(xlabel="seconds", title=title)
     axis.invert_yaxis()
     axis.grid(alpha=0.3, axis="x")
     axis.legend()

@@ -54,7 +54,7 @@ class Result:
 def main() -> None:
     given = runner.arguments(__doc__).parse_args()
     chosen = random.Random(0)
-    longest, count = (2048, 6) if given.quick else (32768, 50)
+    longest, count = (2048, 12) if given.quick else (32768, 50)
     shape = (decode.TINY if given.quick else decode.QWEN3_4B) | {"num_hidden_layers": 2}
     config = Config(tuple(chosen.randint(64, longest) for _ in range(count)), shape, longest)
     report = runner.Report(f"overhead_{runner.device()}", config, line, given.out)
@@ -94,7 +94,7 @@ class Job:
                 model(ids, use_cache=False, logits_to_keep=1)
                 note = ""
             except Exception as error:  # what stock cannot do is a result too
-                note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:100]
+                note = runner.noted(error)
             runner.synchronise()
             seconds = time.perf_counter() - start
             peak = torch.cuda.max_memory_allocated() / runner.GIB if cuda else None
@@ -102,13 +102,14 @@ class Job:
             costs = self.costs(length) if self.method == "swaa_flex" else (None, None)
             yield Result(self.method, number, length, seconds, graphs, peak, *costs, note)
 
-    def costs(self, length: int) -> tuple[float, float]:
-        """Milliseconds of building the plans of both kinds of layers, and of the host's part of one call."""
+    def costs(self, length: int) -> tuple[float, float | None]:
+        """Milliseconds to build the plans of both kinds of layers, and for the host's part of a call on a GPU."""
         heads, kv_heads, head_dim = (
             self.config.shape[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
         )
         device = torch.device(runner.device())
-        near = causal() & (window(2048) | sinks(128) | rows_from(max(0, length - 64)))
+        visible = window(RECIPE.sliding_window) | sinks(RECIPE.sink_tokens)
+        near = causal() & (visible | rows_from(max(0, length - RECIPE.dense_tail)))
 
         def build() -> list[swaa_flex.AttentionPlan]:
             return [
@@ -116,16 +117,18 @@ class Job:
                 for mask in (near, causal())
             ]
 
-        plan_ms = statistics.median(elapsed(build) for _ in range(5))
+        plan_ms = statistics.median(runner.seconds_of(build) for _ in range(5)) * 1e3
+        if device.type == "cpu":
+            return plan_ms, None
         ready = build()[0]
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         query, key, value = (
-            torch.randn(1, n, length, head_dim, device=device, dtype=dtype) for n in (heads, kv_heads, kv_heads)
+            torch.randn(1, n, length, head_dim, device=device, dtype=torch.bfloat16)
+            for n in (heads, kv_heads, kv_heads)
         )
         runner.synchronise()
         start = time.perf_counter()
         swaa_flex.attention(query, key, value, ready)
-        call_ms = (time.perf_counter() - start) * 1e3  # on a GPU it returns before the work is done
+        call_ms = (time.perf_counter() - start) * 1e3  # it returns before the work is done
         runner.synchronise()
         return plan_ms, call_ms
 
@@ -133,17 +136,10 @@ class Job:
         yield Result(self.method, 0, 0, 0.0, 0, None, note=note)
 
 
-def elapsed(call: Callable[[], Any]) -> float:
-    runner.synchronise()
-    start = time.perf_counter()
-    call()
-    runner.synchronise()
-    return (time.perf_counter() - start) * 1e3
-
-
 def line(r: Result) -> str:
     peak = "" if r.peak_gib is None else f" peak {r.peak_gib:.1f} GiB"
-    costs = "" if r.plan_ms is None else f" plan {r.plan_ms:.2f} ms, call {r.call_ms:.2f} ms"
+    costs = "" if r.plan_ms is None else f" plan {r.plan_ms:.2f} ms"
+    costs += "" if r.call_ms is None else f", call {r.call_ms:.2f} ms"
     return f"{r.method:<22} {r.prompt:>3} {r.length:>7} {r.seconds:8.3f} s, graphs {r.graphs}{peak}{costs} {r.note}"
 
 
@@ -162,18 +158,14 @@ def table(results: list[Result]) -> Table:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = runner.pyplot()
     results = [Result(**r) for r in data["results"]]
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for method in dict.fromkeys(r.method for r in results):
         own = [r for r in results if r.method == method]
         axis.plot([r.prompt + 1 for r in own], [r.seconds for r in own], marker="o", markersize=3, label=method)
     axis.set(xlabel="prompt, each of another length", ylabel="seconds", yscale="log")
-    axis.set_title(f"{data['machine']}: two layers, eager", fontsize=10)
+    axis.set_title(f"{runner.card(data)}: two layers, eager", fontsize=10)
     axis.grid(alpha=0.3, which="both")
     axis.legend()
     figure.savefig(path, dpi=110)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Case:
         """Query, key, value and output once; backward these and their gradients."""
         heads, kv_heads, head_dim = self.shape
         elements = 2 * (self.rows * heads + self.length * kv_heads) * head_dim
-        return elements * itemsize() * (3 if self.backward else 1) / 1e9
+        return elements * runner.itemsize() * (3 if self.backward else 1) / 1e9
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,13 @@ class Result:
     floor_ms: float
     teraflops: float | None = None  # of useful work
     error: float | None = None
-    peak_gib: float | None = None
+    peak_gib: float | None = None  # query, key and value, and what the call allocates
     note: str = ""
 
 
 def main() -> None:
     given = runner.arguments(__doc__).parse_args()
+    runner.needs_gpu(given.quick)
     config = Config(cases(given.quick), runner.matmul_rate(), runner.copy_bandwidth())
     facts = {"matmul_tflops": round(config.matmul, 2), "copy_bandwidth_gb_s": round(config.bandwidth, 1)}
     methods = [name for name, method in METHODS.items() if method.on in ("", runner.device())]
@@ -152,7 +154,7 @@ class Job:
                     for length in (case.length, case.length + BLOCK):
                         self.call(dataclasses.replace(case, length=length))()
         except Exception as error:  # what cannot run is a result
-            note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:110]
+            note = runner.noted(error)
             return functools.partial(self.failed, note)
         return functools.partial(self.measure, ready)
 
@@ -169,8 +171,9 @@ class Job:
                 if cuda:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
+                    held = torch.cuda.memory_allocated() - sum(x.nbytes for x in inputs(case))
                 took = runner.milliseconds(call, repeats=15, seconds=0.5)
-                peak = torch.cuda.max_memory_allocated() / runner.GIB if cuda else None
+                peak = (torch.cuda.max_memory_allocated() - held) / runner.GIB if cuda else None
             except torch.OutOfMemoryError:
                 yield self.result(case, note="out of memory")
                 continue
@@ -222,10 +225,6 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
         return x.detach().requires_grad_(case.backward)
 
     return random(case.rows, heads), random(case.length, kv_heads), random(case.length, kv_heads)
-
-
-def itemsize() -> int:
-    return 2 if runner.device() == "cuda" else 4
 
 
 def mask_of(case: Case) -> swaa_flex.Mask:
@@ -336,19 +335,23 @@ def fa4(windowed: bool) -> Callable[..., Attend]:
 def varlen(case: Case, *tensors: Tensor) -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
+    # It has no grouped queries in torch 2.11.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     ends = torch.tensor([0, case.length], dtype=torch.int32, device=runner.device())
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         group = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(group, 1) for x in (key, value))  # it has no grouped queries
+        if not grouped:
+            key, value = (x.repeat_interleave(group, 1) for x in (key, value))
         turned = (x[0].transpose(0, 1) for x in (query, key, value))
         size = (case.sliding_window - 1, 0)
-        out = varlen_attn(*turned, ends, ends, case.length, case.length, window_size=size)
+        out = varlen_attn(*turned, ends, ends, case.length, case.length, window_size=size, **grouped)
         return out.transpose(0, 1)[None]
 
     return attend
 
 
+INCLUDED = ", mask included"
 METHODS = {
     "swaa_flex, flash": Method(ours("flash"), on="cuda"),
     "swaa_flex, flash, mask included": Method(ours("flash", mask_included=True), on="cuda"),
@@ -375,7 +378,7 @@ def line(r: Result) -> str:
         return f"{name} {r.note}"
     error = "" if r.error is None else f"  error {r.error:.4f}"
     ratio = r.milliseconds / r.floor_ms
-    return f"{name} {r.milliseconds:10.3f} ms {r.teraflops:6.1f} TFLOP/s {ratio:6.2f} x floor{error}"
+    return f"{name} {r.milliseconds:10.3f} ms {r.teraflops:6.4g} TFLOP/s {ratio:6.2f} x floor{error}"
 
 
 def table(results: list[Result]) -> Table:
@@ -393,22 +396,24 @@ def table(results: list[Result]) -> Table:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = runner.pyplot()
     results = [Result(**r) for r in data["results"]]
     shape, near = results[0].shape if len({tuple(r.shape) for r in results}) == 1 else list(SHAPES[0]), None
     chosen = [r for r in results if list(r.shape) == list(shape) and not r.backward and r.milliseconds is not None]
     near = max({r.sliding_window for r in chosen}, key=lambda w: sum(r.sliding_window == w for r in chosen))
     chosen = [r for r in chosen if r.sliding_window == near]
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
-    for axis in axes:
-        axis.set_prop_cycle(color=plt.get_cmap("Paired").colors)
-    for method in dict.fromkeys(r.method for r in chosen):
+    methods = list(dict.fromkeys(r.method for r in chosen))
+    alone = [method for method in methods if not method.endswith(INCLUDED)]
+    for method in methods:
         points = [r for r in chosen if r.method == method]
-        style = {"linestyle": "-" if method.startswith("swaa") else "--", "marker": "o", "markersize": 4}
+        included = method.endswith(INCLUDED)
+        style = {
+            "color": f"C{alone.index(method.removesuffix(INCLUDED))}",
+            "linestyle": ":" if included else "-" if method.startswith("swaa") else "--",
+            "marker": "x" if included else "o",
+            "markersize": 4,
+        }
         axes[0].plot([r.length for r in points], [r.milliseconds for r in points], label=method, **style)
         axes[1].plot([r.length for r in points], [r.teraflops for r in points], **style)
     axes[0].set(yscale="log", ylabel="milliseconds")
@@ -420,7 +425,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     figure.legend(fontsize=8, loc="outside right")
     heads, kv_heads, head_dim = shape
-    figure.suptitle(f"{data['machine']}: one layer, {heads}/{kv_heads} heads of {head_dim}, window {near} and sinks")
+    figure.suptitle(f"{runner.card(data)}: one layer, {heads}/{kv_heads} heads of {head_dim}, window {near} and sinks")
     figure.savefig(path, dpi=110)
 
 

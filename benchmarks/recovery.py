@@ -143,9 +143,8 @@ def main() -> None:
     given = runner.arguments(__doc__, resumes=True).parse_args()
     config = QUICK if given.quick else Config()
     swaa = {f"{n}, W {w}": configuration(n, w).to_dict() for w in config.windows for n in config.compared}
-    report = runner.Report(
-        f"recovery_{runner.device()}", config, line, given.out, {"configurations": swaa}, resume=given.resume
-    )
+    setup, resume = {"configurations": swaa}, Result if given.resume else None
+    report = runner.Report(f"recovery_{runner.device()}", config, line, given.out, setup=setup, resume=resume)
     plain = [job for job in untuned(config) if not report.has([job.named])]
     to_tune = [job for job in to_be_tuned(config) if not report.has([job.named])]
     with model_folder(), runner.Pool(config.processes, config.gib) as pool:
@@ -159,7 +158,7 @@ def main() -> None:
         to_tune = [replace(job, examples=examples) for job in to_tune]
         running |= {pool.submit(work, job): job for job in [*to_tune, *plain[pool.size - 1 :]]}
         for done in as_completed(running):
-            report.add(outcome(done, running[done]))
+            report.add(outcome(done, running[done]), running[done].named)
     report.results[:] = ranked(relative(report.results), config)
     report.close(table(report.results), plot)
 
@@ -230,7 +229,7 @@ def work(job: Job) -> Result:
 
 
 def failed(job: Job, error: BaseException) -> Result:
-    return replace(job.named, note=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160])
+    return replace(job.named, note=runner.noted(error))
 
 
 MODEL = "SWAA_FLEX_BENCHMARK_MODEL"
@@ -433,11 +432,7 @@ def is_near(r: Result) -> bool:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = runner.pyplot()
     results = [r for r in (Result(**r) for r in data["results"]) if r.retrieval is not None]
     rows = list(dict.fromkeys((r.configuration, r.window) for r in results))
     styles = {
@@ -461,7 +456,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     axes[0].set_yticks(range(len(rows)), [f"{name}, W {window}" if window else name for name, window in rows])
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
-    figure.suptitle(f"SmolLM2-135M-Instruct, {data['config']['steps']} steps; grey: within 2 %")
+    figure.suptitle(f"{data['machine']}: SmolLM2-135M-Instruct, {data['config']['steps']} steps; grey: within 2 %")
     figure.savefig(path, dpi=110)
 
 

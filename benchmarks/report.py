@@ -1,4 +1,4 @@
-"""Writes the tables of the documentation from the committed JSON: the tables that the benchmarks printed.
+"""Writes the tables of the documentation from the committed JSON, as the benchmarks printed them, and draws the plots.
 
 python benchmarks/report.py
 """
@@ -22,6 +22,9 @@ def main() -> None:
     for page in PAGES:
         path = DOCS / page
         path.write_text(written(path.read_text()))
+    for picture in (DOCS / "benchmarks").glob("*.png"):
+        data = json.loads(picture.with_suffix(".json").read_text())
+        script(data).plot(data, picture)
 
 
 def written(text: str) -> str:
@@ -31,10 +34,15 @@ def written(text: str) -> str:
 
 def table(name: str) -> str:
     data = json.loads((DOCS / "benchmarks" / f"{name}.json").read_text())
-    script = re.search(r"benchmarks/(\w+)\.py", data["command"])
-    assert script, data["command"]
-    benchmark = importlib.import_module(script[1])
+    benchmark = script(data)
     return f"{markdown(benchmark.table(results(benchmark, data)))}\n\n{origin(data)} [Data](benchmarks/{name}.json)."
+
+
+def script(data: dict[str, Any]) -> Any:
+    """The module of the benchmark."""
+    name = re.search(r"benchmarks/(\w+)\.py", data["command"])
+    assert name, data["command"]
+    return importlib.import_module(name[1])
 
 
 def results(benchmark: Any, data: dict[str, Any]) -> list[Any]:

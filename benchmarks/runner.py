@@ -7,7 +7,9 @@ measures when it is told to, alone. What is compared is measured in one run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
+import importlib.metadata
 import itertools
 import json
 import multiprocessing
@@ -15,6 +17,7 @@ import os
 import platform
 import queue
 import re
+import shlex
 import statistics
 import sys
 import threading
@@ -24,7 +27,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -58,8 +61,8 @@ class Job(Protocol):
 def run(jobs: Sequence[Job], report: Report, *, processes: int = 12, headroom_gib: float = 0) -> None:
     """Runs jobs in waves of what fits into the memory of a device, less what a job takes only while it measures.
 
-    Each GPU takes the next wave when it has done one; jobs on one GPU measure in turn. What an interrupted run has
-    measured is not measured again, if the report is to go on with it.
+    Each GPU takes the next wave when it has done one; jobs on one GPU measure in turn. A job is not run if the report
+    has all of its results from an interrupted run.
     """
     gib = capacity_gib() - headroom_gib
     waiting, waves = [job for job in jobs if not report.has(job.failed(""))], []
@@ -155,18 +158,17 @@ def _run_wave(wave: list[Job], report: Report, gpu: str) -> None:
     running = [(job, *_started(job, gpu)) for job in wave]
     notes = {id(job): _received(pipe)[1] for job, _, pipe in running}
     for job, process, pipe in running:
-        note, came = notes[id(job)], 0
+        note, names = notes[id(job)], iter(job.failed(""))  # in the order of what it measures
         if not note:
             pipe.send("measure")
             kind, value = _received(pipe)
             while kind == "result":
-                report.add(value)
-                came += 1
+                report.add(value, next(names, None))
                 kind, value = _received(pipe)
             note = value
         if note:
-            for result in itertools.islice(job.failed(note), came, None):  # in the order of what it measures
-                report.add(result)
+            for name in names:
+                report.add(dataclasses.replace(name, note=note), name)
         process.join()
 
 
@@ -221,9 +223,14 @@ def _work(job: Job, pipe: Connection) -> None:
             pipe.send(("result", result))
         pipe.send(("done", ""))
     except BaseException as error:  # what a method cannot do is a result too
-        traceback.print_exc()
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        pipe.send(("failed", f"{type(error).__name__}: {reason}"[:160]))
+        print(traceback.format_exc()[-4000:], file=sys.stderr)  # of inductor's there are thousands of lines
+        pipe.send(("failed", noted(error)))
+
+
+def noted(error: BaseException) -> str:
+    """The note of a result that could not be measured."""
+    reason = (str(error).strip() or "no reason given").splitlines()[0]
+    return f"{type(error).__name__}: {reason}"[:160]
 
 
 def _heat() -> None:
@@ -246,39 +253,56 @@ class Report:
     line: Callable[[Any], str]
     out: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # of the machine, or of this run
+    setup: dict[str, Any] = field(default_factory=dict)  # what results depend on besides the config
+    resume: type | None = None  # of the results of an interrupted run on such a machine, to go on with its file
     results: list[Any] = field(default_factory=list)
-    resume: bool = False  # go on with the file of an interrupted run on such a machine
 
     def __post_init__(self) -> None:
         self.console = Console(width=140)
         self._lock = threading.Lock()
-        self._measured: list[dict[str, Any]] = []
-        if self.resume and self.path and self.path.exists():
-            found, own = (_without_count(data) for data in (json.loads(self.path.read_text()), self.data()))
-            if all(found[name] == own[name] for name in ("machine", "versions", "config")):
-                self._measured = [result for result in found["results"] if not result.get("note")]
-        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items() if not isinstance(value, dict))
+        if self.resume and not self.out:
+            sys.exit("--resume needs --out, the folder with the file of the interrupted run")
+        if self.path and self.path.exists():
+            self._go_on(json.loads(self.path.read_text()), self.path)
+        facts = (self.facts | self.setup).items()
+        facts = ", ".join(f"{name} {value}" for name, value in facts if not isinstance(value, dict))
         self.console.print(f"{describe()}; {facts}" if facts else describe())
 
-    def add(self, result: Any) -> None:
+    def _go_on(self, found: dict[str, Any], path: Path) -> None:
+        own = json.loads(json.dumps(self.data()))
+        if not self.resume:
+            if _plain(found["command"]) != _plain(own["command"]):
+                sys.exit(f"{path} is of another command ({found['command']}); move it, or name another --out")
+            return
+        found["machine"], own["machine"] = card(found), card(own)  # whatever the number of GPUs
+        names = ("machine", "versions", "config", *self.setup)
+        for name in names:
+            if own[name] != found.get(name):
+                sys.exit(
+                    f"{path}: --resume cannot go on with another {name}, {str(found.get(name))[:300]}; "
+                    f"this is {str(own[name])[:300]}"
+                )
+        measured = [result for result in found["results"] if not result["note"]]
+        self.results += [self.resume(**{n: _frozen(v) for n, v in result.items()}) for result in measured]
+        self.console.print(f"{len(self.results)} results of the run of {found['date']} are kept")
+
+    def add(self, result: Any, name: Any = None) -> None:
+        """Adds a result, instead of those that have what is set in `name`; a failure takes no result's place."""
         with self._lock:
-            self.results.append(result)
             self.console.print(self.line(result), highlight=False)
+            same = [] if name is None else self._named(name)
+            if same and result.note:
+                return
+            self.results[:] = [other for other in self.results if other not in same] + [result]
             self.save()
 
-    def has(self, results: Iterable[Any]) -> bool:
-        """Whether an interrupted run has measured what these name, by the fields that are set; then it is added."""
-        found = []
-        for result in results:
-            fields = json.loads(json.dumps(asdict(result)))  # lists for tuples, as what was measured has them
-            named = {n: v for n, v in fields.items() if n != "note" and v not in (None, {}, [])}
-            same = [type(result)(**m) for m in self._measured if named.items() <= m.items()]
-            if not same:
-                return False
-            found += same[:1]
-        for result in found:
-            self.add(result)
-        return bool(found)
+    def has(self, names: Iterable[Any]) -> bool:
+        """Whether there are results of an interrupted run that have what is set in each of these."""
+        return all([self._named(name) for name in names])
+
+    def _named(self, name: Any) -> list[Any]:
+        named = {n: v for n, v in asdict(name).items() if n != "note" and v not in (None, {}, (), [])}
+        return [result for result in self.results if named.items() <= asdict(result).items()]
 
     def save(self) -> None:
         if self.path:
@@ -289,20 +313,14 @@ class Report:
         return self.out and self.out / f"{self.name}.json"
 
     def data(self) -> dict[str, Any]:
-        import transformers
-
         return {
             "benchmark": self.name,
             "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_arguments()]),
+            "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_arguments()]),
             "machine": describe(),
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-                "swaa_flex": swaa_flex.__version__,
-            },
+            "versions": versions(),
             **self.facts,
+            **self.setup,
             "config": asdict(self.config),
             "results": [asdict(result) for result in self.results],
         }
@@ -313,13 +331,39 @@ class Report:
         self.console.print(table)
         data = self.data()
         if self.path and plot:
-            plot(data, self.path.with_suffix(".png"))
+            try:
+                plot(data, self.path.with_suffix(".png"))
+            except ModuleNotFoundError as error:
+                self.console.print(f"no plot ({error}): pip install matplotlib, then python benchmarks/report.py")
         print(json.dumps(data))
 
 
-def _without_count(data: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back, whatever the number of GPUs: a run on one may go on where there are two."""
-    return json.loads(json.dumps(data | {"machine": re.sub(r"^\d+ x ", "", data["machine"])}))
+def card(data: dict[str, Any]) -> str:
+    """The machine of a report without the number of its GPUs, of which each result took one."""
+    return re.sub(r"^\d+ x ", "", data["machine"])
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def versions() -> dict[str, str]:
+    import transformers
+
+    found = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "swaa_flex": swaa_flex.__version__,
+    }
+    with suppress(importlib.metadata.PackageNotFoundError):
+        found["flash-attn-4"] = importlib.metadata.version("flash-attn-4")
+    return found
+
+
+def _plain(command: str) -> list[str]:
+    """The words of a command but for --resume, which does not change what is measured."""
+    return [word for word in shlex.split(command) if word != "--resume"]
 
 
 def _arguments() -> Iterator[str]:
@@ -337,7 +381,7 @@ def arguments(text: str | None, *, resumes: bool = False) -> argparse.ArgumentPa
     parser.add_argument("--quick", action="store_true", help="small sizes, on any machine")
     parser.add_argument("--out", type=Path, help="folder for JSON and plot")
     if resumes:
-        parser.add_argument("--resume", action="store_true", help="keep what an interrupted run has left in --out")
+        parser.add_argument("--resume", action="store_true", help="go on with the file of an interrupted run in --out")
     return parser
 
 
@@ -347,6 +391,20 @@ def write(path: Path, text: str) -> None:
     beside = path.with_suffix(".part")
     beside.write_text(text)
     beside.replace(path)
+
+
+def needs_gpu(quick: bool) -> None:
+    if device() == "cpu" and not quick:
+        sys.exit("at full size this needs a GPU; --quick has small sizes for any machine")
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def own(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -392,7 +450,7 @@ def milliseconds(call: Callable[[], Any], repeats: int = 10, seconds: float = 2)
     synchronise()
     repeats = max(3, min(repeats, int(seconds / (time.perf_counter() - start))))
     if device() == "cpu":
-        return statistics.median(_seconds(call) for _ in range(repeats)) * 1e3
+        return statistics.median(seconds_of(call) for _ in range(repeats)) * 1e3
     call()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
@@ -403,7 +461,9 @@ def milliseconds(call: Callable[[], Any], repeats: int = 10, seconds: float = 2)
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Of one call, its work on the device included."""
+    synchronise()
     start = time.perf_counter()
     call()
     synchronise()
@@ -413,25 +473,30 @@ def _seconds(call: Callable[[], Any]) -> float:
 def read_bandwidth() -> float:
     """GB/s of a large reduction."""
     source = torch.zeros((1 << 31 if device() == "cuda" else 1 << 27) // 4, dtype=torch.int32, device=device())
-    source.max()
-    return source.numel() * 4 / _fastest(source.max) / 1e9
+    return source.numel() * 4 / _median(source.max) / 1e9
 
 
 def copy_bandwidth() -> float:
     """GB/s of a large copy, bytes read plus bytes written."""
     source = torch.zeros((1 << 31 if device() == "cuda" else 1 << 27) // 4, dtype=torch.int32, device=device())
     target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / _fastest(lambda: target.copy_(source)) / 1e9
+    return 2 * source.numel() * 4 / _median(lambda: target.copy_(source)) / 1e9
 
 
 def matmul_rate() -> float:
     """TFLOP/s of a large matrix product: bfloat16 on a GPU, float32 on a CPU."""
     size, dtype = (8192, torch.bfloat16) if device() == "cuda" else (1024, torch.float32)
     left, right = torch.randn(2, size, size, device=device(), dtype=dtype).unbind(0)
-    return 2 * size**3 / _fastest(lambda: left @ right, repeats=20) / 1e12
+    return 2 * size**3 / _median(lambda: left @ right, repeats=20) / 1e12
 
 
-def _fastest(call: Callable[[], Any], repeats: int = 8) -> float:
+def itemsize() -> int:
+    """Bytes of a number: bfloat16 on a GPU, float32 on a CPU."""
+    return 2 if device() == "cuda" else 4
+
+
+def _median(call: Callable[[], Any], repeats: int = 8) -> float:
+    """Seconds on a GPU that is as hot as jobs find it."""
+    _heat()
     call()
-    synchronise()
-    return min(_seconds(call) for _ in range(repeats))
+    return statistics.median(seconds_of(call) for _ in range(repeats))

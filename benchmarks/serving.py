@@ -4,7 +4,7 @@
         [--resume]
 
 Prompts of random tokens come at once; each is answered with as many tokens as all others. "tokens per second" counts
-those of answers, from the first request to the last token. One engine at a time has a GPU to itself. Prefix caching is
+those of answers, from the first request to the last token. Each engine has a GPU to itself. Prefix caching is
 off for all, as recipes with dense rows need it. An engine takes two to seven minutes: with --resume, a run goes on
 after the last result of an interrupted one, or adds other recipes to it. It needs a GPU and the package vllm.
 
@@ -20,9 +20,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,8 +47,6 @@ RECIPES = {
     "1/2 full": SWAAConfig(2048, 128, "1::2", False, 0),
     "FA decode": SWAAConfig(2048, 128, (), True, 0),
 }
-# Throughput relative to full attention, one H100, 128 k in and 512 out (arXiv 2512.10411, table of efficiency).
-PAPER = {"all SWA": 8.2, "1/2 full": 1.79, "FA decode": 1.71}
 
 
 @dataclass(frozen=True)
@@ -89,30 +89,32 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="only these")
     parser.add_argument("--cases", nargs="+", metavar="TOKENSxREQUESTS", help="only these")
     given = parser.parse_args()
+    config = QUICK if given.quick else Config()
+    cases = list(itertools.product(config.contexts, config.concurrent))
+    if given.cases:
+        names = {"x".join(map(str, case)): case for case in cases}
+        if unknown := [name for name in given.cases if name not in names]:
+            parser.error(f"--cases: there is no {unknown[0]}, expected some of {', '.join(names)}")
+        cases = [names[name] for name in given.cases]
     if runner.device() != "cuda" or importlib.util.find_spec("vllm") is None:
-        print("serving.py needs a GPU and the package vllm")
-        return
+        sys.exit("serving.py needs a GPU and the package vllm")
     import vllm
 
-    config = QUICK if given.quick else Config()
     rates = Rates(runner.matmul_rate(), runner.read_bandwidth())
     torch.cuda.empty_cache()  # the engine needs it
-    facts = {
+    facts = {"matmul_tflop_s": round(rates.matmul, 1), "read_bandwidth_gb_s": round(rates.bandwidth, 1)}
+    setup = {
         "vllm": vllm.__version__,
-        "matmul_tflop_s": round(rates.matmul, 1),
-        "read_bandwidth_gb_s": round(rates.bandwidth, 1),
         "recipes": {name: recipe and recipe.to_dict() for name, recipe in RECIPES.items()},
     }
-    report = runner.Report(f"serving_{runner.device()}", config, line, given.out, facts, resume=given.resume)
+    resume = Result if given.resume else None
+    report = runner.Report(f"serving_{runner.device()}", config, line, given.out, facts, setup, resume)
     for recipe in RECIPES:
         for context in config.contexts:
             one = floors(config, rates, recipe, context, 1, 1)
             print(f"floor of {recipe:<14} {context:>7} x 1: first token {one[0]:.2f} s, {one[1]:.2f} ms per token")
     jobs = []
     for recipe in RECIPES:
-        cases = [(context, concurrent) for context in config.contexts for concurrent in config.concurrent]
-        if given.cases:
-            cases = [case for case in cases if "x".join(map(str, case)) in given.cases]
         left = tuple(case for case in cases if not report.has([Result(recipe, *case)]))
         if left and recipe in given.recipes:
             jobs.append(Job(config, rates, recipe, left))
@@ -244,7 +246,7 @@ def prompt_tera(config: Config, swaa: SWAAConfig, context: int) -> float:
     """TFLOP of a prompt: products with the weights, of which the last are for one row only, and visible pairs."""
     same = decode.Config(1, config.contexts, 0, config.shape, {}, 1)
     head = config.shape["vocab_size"] * config.shape["hidden_size"]
-    weights = decode.weight_bytes(same) // decode.itemsize() - head
+    weights = decode.weight_bytes(same) // runner.itemsize() - head
     width = config.shape["num_attention_heads"] * config.shape["head_dim"]
     pairs = 0
     for kind in swaa.resolve(config.shape["num_hidden_layers"]):
@@ -289,7 +291,7 @@ def table(results: list[Result]) -> Table:
         full = next(
             (x for x in results if (x.recipe, x.context, x.concurrent) == ("full", *same(r))), Result("", 0, 0)
         )
-        paper = f"{PAPER[r.recipe]:.2f}" if r.recipe in PAPER and r.context == 131072 else ""
+        paper = f"{decode.PAPER[r.recipe]:.2f}" if r.recipe in decode.PAPER and r.context == 131072 else ""
         first = (f"{r.ttft_s:.2f}", f"{r.floor_ttft_s:.2f}", ratio(full.ttft_s, r.ttft_s))
         each = (f"{r.ms_per_token:.2f}", f"{r.floor_ms_per_token:.2f}", ratio(full.ms_per_token, r.ms_per_token))
         rate = (f"{r.tokens_per_s:.1f}", f"{r.ceiling_tokens_per_s:.1f}", ratio(r.tokens_per_s, full.tokens_per_s))
@@ -306,11 +308,7 @@ def same(r: Result) -> tuple[int, int]:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = runner.pyplot()
     results = [Result(**r) for r in data["results"]]
     cases = sorted({same(r) for r in results})
     names = list(dict.fromkeys(r.recipe for r in results))
@@ -318,11 +316,14 @@ def plot(data: dict[str, Any], path: Path) -> None:
     for axis, case in zip(axes, cases, strict=True):
         rates = [next((r.tokens_per_s or 0 for r in results if (same(r), r.recipe) == (case, n)), 0) for n in names]
         axis.barh(names, rates)
+        for name in names:
+            if not any((same(r), r.recipe) == (case, name) and r.tokens_per_s for r in results):
+                axis.text(0, name, " not run", va="center", size=8)
         axis.set(title=f"{case[0]:,} tokens x {case[1]}", xlabel="tokens/s of answers")
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
     figure.suptitle(
-        f"{data['machine']}, vLLM {data['vllm']}: Qwen3-4B shape, {data['config']['new_tokens']} tokens out"
+        f"{runner.card(data)}, vLLM {data['vllm']}: Qwen3-4B shape, {data['config']['new_tokens']} tokens out"
     )
     figure.savefig(path, dpi=110)
 

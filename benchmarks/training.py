@@ -55,14 +55,14 @@ class Result:
 
 def main() -> None:
     given = runner.arguments(__doc__, resumes=True).parse_args()
+    runner.needs_gpu(given.quick)
     if given.quick:
         config = Config((256, 512), 32, 64, decode.TINY)
     else:
         config = Config((8192, 32768), 512, 2048, decode.QWEN3_4B | {"num_hidden_layers": 4})
     swaa = {method: c.to_dict() for method in METHODS if (c := swaa_of(config, method))}
-    report = runner.Report(
-        f"training_{runner.device()}", config, line, given.out, {"configurations": swaa}, resume=given.resume
-    )
+    setup, resume = {"configurations": swaa}, Result if given.resume else None
+    report = runner.Report(f"training_{runner.device()}", config, line, given.out, setup=setup, resume=resume)
     methods = [m for m in METHODS if runner.device() == "cuda" or "flex" not in STOCK.get(m, "")]  # no backward on CPU
     runner.run([Job(config, m) for m in methods], report, processes=5, headroom_gib=0 if given.quick else 60)
     report.results.sort(key=lambda r: (r.tokens, r.checkpointing, METHODS.index(r.method)))
@@ -196,11 +196,7 @@ def speedup(r: Result, results: list[Result]) -> float | None:
 
 
 def plot(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = runner.pyplot()
     results = [Result(**r) for r in data["results"]]
     lengths, methods = sorted({r.tokens for r in results}), list(dict.fromkeys(r.method for r in results))
     figure, axes = plt.subplots(
@@ -218,7 +214,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=2, loc="outside lower center")
     layers = data["config"]["shape"]["num_hidden_layers"]
-    figure.suptitle(f"{data['machine']}: Qwen3-4B shape with {layers} layers, batch 1", fontsize=10)
+    figure.suptitle(f"{runner.card(data)}: Qwen3-4B shape with {layers} layers, batch 1", fontsize=10)
     figure.savefig(path, dpi=110)
 
 

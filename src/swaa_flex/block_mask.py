@@ -232,7 +232,7 @@ def _tensors(intervals: Union, row_blocks: int, device: torch.device | str) -> l
 
 
 def _common_shape(tensors: list[Tensor], row_blocks: int) -> tuple[int, int, int]:
-    """What tensors broadcast to, together with `[1, 1, row_blocks]` (`torch.broadcast_shapes` takes 0.1 ms)."""
+    """What tensors broadcast to, together with `[1, 1, row_blocks]` (`torch.broadcast_shapes` takes longer)."""
     batch = heads = 1
     for tensor in tensors:
         own_batch, own_heads, _ = (*[1] * (3 - tensor.dim()), *tensor.shape)

@@ -31,6 +31,7 @@ from .errors import BackendUnavailableError, MaskError
 from .plan import FEW_ROWS, AttentionPlan, Segment, plan
 
 FOR_CUDNN = 8192  # tokens; see `_sdpa`
+DECODE_OPTIONS = {"BLOCK_N": 64, "num_stages": 3, "num_warps": 4}  # of the decode kernel, where tiles are small enough
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -234,7 +235,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Full causal rows, the last of which sees all keys."""
     whole = query.shape[2] == key.shape[2]
     bias = None if whole else causal_lower_right(query.shape[2], key.shape[2])
-    # cuDNN prepares for each new length, for 45 ms on an H200: more than it saves in a model with a short prompt.
+    # cuDNN prepares for each new length, for tens of milliseconds: more than it saves in a model with a short prompt.
     with sdpa_kernel(NOT_CUDNN) if whole and query.shape[2] < FOR_CUDNN else contextlib.nullcontext():
         out: Tensor = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, is_causal=whole, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
@@ -297,7 +298,7 @@ def _kernel_options(query: Tensor, key: Tensor, segment: Segment, is_slice: bool
     if query.dtype.itemsize == 2 and query.shape[-1] <= 128:
         # The defaults of torch 2.11 to 2.13 keep one tile in flight, which leaves a third of the bandwidth unused
         # (benchmarks/decode_kernel.py).
-        options |= {"BLOCK_N": 64, "num_stages": 3, "num_warps": 4}
+        options |= DECODE_OPTIONS
     return options
 
 
@@ -310,7 +311,7 @@ def _prefill_options(query: Tensor, key: Tensor) -> dict[str, Any]:
 
     In a compiled graph they are the defaults too: there inductor sees whether lengths are whole blocks, and lays out
     queries as views that TMA cannot read ("misaligned address", a model of the shape of Qwen3, torch 2.11). Without
-    TMA nothing is faster than the defaults.
+    TMA only tiles of 128 x 128 are faster than the defaults, for lengths of whole blocks, and slower for others.
     """
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if torch.compiler.is_compiling():

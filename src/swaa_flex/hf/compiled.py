@@ -132,7 +132,7 @@ class CompiledModel:
 
     @_for_requests
     def warmup(self) -> CompiledModel:
-        """Compiles everything a request can need; about a minute or two for a model of a few billion parameters.
+        """Compiles everything a request can need; three to five minutes for a model of four billion parameters.
 
         Raises:
             DoesNotFitError: if the memory of the device does not suffice; says which max_length would fit.
