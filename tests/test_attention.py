@@ -15,6 +15,7 @@ from swaa_flex.masks import (
     left_padded,
     packed,
     rows_from,
+    rows_where,
     sinks,
     window,
 )
@@ -232,6 +233,15 @@ def run(backend="auto", **kwargs):
     return lambda q, k, v: attention(q, k, v, causal(), backend=backend, **kwargs)
 
 
+def of_a_plan(backend):
+    def call(query, key, value):
+        ready = swaa_flex.plan(causal(), query.shape[2], key.shape[2])
+        assert attention(query, key, value, ready, backend="chunked").shape == query.shape
+        return attention(query, key, value, ready, backend=backend)
+
+    return call
+
+
 UNAVAILABLE = BackendUnavailableError
 
 
@@ -250,6 +260,14 @@ UNAVAILABLE = BackendUnavailableError
         (lambda q, k, v: run()(q[0], k, v), MaskError, r"must be \[batch, heads, len, head_dim\]"),
         (run(sink_logits=torch.zeros(3)), MaskError, r"expected one per query head, \[4\]"),
         (lambda q, k, v: attention(q, k, v, swaa_flex.plan(causal(), 9, 9)), MaskError, "plan is for q_len=9"),
+        (of_a_plan("triton"), ConfigError, "'triton': the plan is for 'chunked'"),
+        (run(softcap=0.0), MaskError, "softcap=0.0: expected a positive bound, or None for none"),
+        (run(softcap=-5), MaskError, "softcap=-5"),
+        (run(sink_logits=[0.0]), MaskError, r"sink_logits: expected a tensor \[heads\], got \[0.0\]"),
+        (lambda q, k, v: run()(q, k, v.to("meta")), MaskError, "expected one device, got cpu, cpu and meta"),
+        (lambda q, k, v: run()(q[:, :0], k, v), MaskError, "expected at least one of all"),
+        (lambda q, k, v: attention(q, k, v, rows_where(torch.ones(3, dtype=torch.bool))), MaskError, "3 query rows"),
+        (lambda q, k, v: attention(q, k, v, window), MaskError, r"mask: expected a Mask, not function; call what"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(call, error, message):

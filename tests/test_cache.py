@@ -8,10 +8,12 @@ import test_models
 import torch
 from reference import Truth
 from test_models import batch, tiny, under_reference
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import swaa_flex
 from swaa_flex import ConfigError, SWAACache, SWAAConfig, UnsupportedModelError
+from swaa_flex.hf.cache import CACHE
+from swaa_flex.hf.cache_layers import Pads, SinksAndWindowLayer, StaticSinksAndWindowLayer
 
 WINDOW, SINKS = 8, 3
 LENGTH = 29  # 4 chunks of 7 and one token
@@ -474,3 +476,83 @@ def test_more_tokens_than_there_are_cannot_be_cropped(llama):
         cache.crop(-9)
     cache.crop(-5)
     assert cache.get_seq_length() == 0
+
+
+# --- limits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [RECIPES[0], RECIPES[1], RECIPES[4]])
+def test_more_tokens_than_a_cache_of_fixed_size_is_for_are_refused(config):
+    model = tiny("llama")
+    model.config.swaa = config
+    for length, tokens in ((40, 3), (20, 30)):  # in the prompt, and while decoding
+        with pytest.raises(ConfigError, match=r"max_length=30 tokens per sequence and is given number \d+; make"):
+            cache = SWAACache(model.config, max_length=30)
+            model.generate(**prompt(length), past_key_values=cache, max_new_tokens=tokens, do_sample=False)
+
+
+@torch.no_grad()
+def test_decode_rows_of_known_prompts_may_come_several_at_a_time():
+    model = tiny("llama")
+    model.config.swaa = SWAAConfig(WINDOW, SINKS, (1,), False, 5)
+    ids = torch.randint(3, 99, (1, 60))
+    expected = model(ids, use_cache=False, prompt_lengths=30).logits
+    for cache in caches(model, prompt_lengths=30):
+        parts = [ids[:, :30], *ids[:, 30:].split(3, dim=1)]
+        logits = torch.cat([model(part, **{CACHE: cache}).logits for part in parts], dim=1)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_held_for_assisted_decoding_is_released():
+    model = tiny("llama")
+    model.config.swaa = SWAAConfig(WINDOW, SINKS, (), False, 0)
+    cache = SWAACache(model.config)
+    with swaa_flex.prompt(40):
+        model.generate(
+            **prompt(40), past_key_values=cache, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3
+        )
+    assert max(layer.keys.shape[2] for layer in cache.layers) <= SINKS + WINDOW + 3
+
+
+def test_the_window_of_the_next_token_is_the_most_that_can_be_taken_back():
+    layer = SinksAndWindowLayer(SINKS, WINDOW, Pads(), hold_prompt=False, slack=4)
+    keys = torch.arange(50.0).reshape(1, 1, 50, 1)
+    layer.update(keys, keys)
+    layer.after_attention(decoding=True)
+    held = layer.keys[0, 0, SINKS:, 0].tolist()
+    assert held == list(map(float, range(50 - (WINDOW - 1) - 4, 50)))
+    assert layer.can_crop(4) and not layer.can_crop(5)
+
+
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_a_layer_may_lie_on_another_device_than_the_first(kind):
+    pads = Pads()
+    pads.set(torch.tensor([3, 0]))
+    if kind == "fixed":
+        layer = StaticSinksAndWindowLayer(100, SINKS, WINDOW, pads)
+    else:
+        layer = SinksAndWindowLayer(SINKS, WINDOW, pads, hold_prompt=False)
+    keys = torch.empty(2, 1, 30, 4, device="meta")
+    layer.update(keys, keys)
+    if kind == "growing":
+        layer.after_attention(decoding=True)
+    keys, _ = layer.update(keys[:, :, :1], keys[:, :, :1])
+    assert keys.device.type == "meta"
+
+
+@torch.no_grad()
+def test_recurrent_layers_are_counted_and_not_compiled():
+    shape = {name: test_models.SIZE[name] for name in test_models.SIZE if name != "head_dim"}
+    config = AutoConfig.for_model("lfm2", **shape, layer_types=["conv", "full_attention"] * 2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="swaa_flex").eval()
+    model.config.swaa = SWAAConfig(WINDOW, SINKS, (), False, 0)
+    ids = torch.randint(3, 99, (1, 40))
+    expected = model(ids, use_cache=False).logits
+    for cache in caches(model):
+        parts = [ids[:, :30], *ids[:, 30:].split(1, dim=1)]
+        logits = torch.cat([model(part, **{CACHE: cache}).logits for part in parts], dim=1)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        held = cache.memory()
+        assert held["window"] > 0 and held["native"] > 0 and held["full"] == 0
+    with pytest.raises(UnsupportedModelError, match="'lfm2': compiled prompts are padded, and its recurrent layers"):
+        swaa_flex.compile(model, max_length=256)

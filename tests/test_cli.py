@@ -65,7 +65,7 @@ def test_the_repr_of_a_mask_is_an_expression(mask):
         ("window(True)", "expected a whole number such as 64 here", "True"),
         ("window('64')", "expected a whole number such as 64 here", "'64'"),
         ("window(2 * 3)", "expected a whole number such as 64 here", "2 * 3"),
-        ("window(3000000000)", "expected a number of at most 2_147_483_647", "3000000000"),
+        ("window(3000000000)", "expected a number of at most 1_073_741_823", "3000000000"),
         ("causal(3)", "causal takes nothing: causal", "causal(3)"),
         ("offset", "offset takes a mask and how far to move it", "offset"),
         ("offset(causal)", "offset takes a mask and how far to move it", "offset(causal)"),

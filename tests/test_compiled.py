@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import counting_backend, visible_pairs
 from test_models import batch, tiny, under_reference
-from transformers import CompileConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 import swaa_flex
 from swaa_flex import ConfigError, DoesNotFitError, SWAACache, SWAAConfig, UnsupportedModelError
@@ -500,6 +500,21 @@ def test_a_model_with_another_attention_is_refused():
     model = make("llama", RECIPES[0])
     model.set_attn_implementation("sdpa")
     with pytest.raises(ConfigError, match=r"'sdpa'.*swaa_flex.adapt"):
+        swaa_flex.compile(model, max_length=100)
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = make("llama", RECIPES[0])
+    model.lm_head.to("meta")
+    with pytest.raises(UnsupportedModelError, match="layers on cpu, meta; use generate"):
+        swaa_flex.compile(model, max_length=100)
+
+
+def test_a_model_that_makes_its_own_attention_mask_is_refused():
+    config = AutoConfig.for_model("biogpt", vocab_size=99, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+    config.num_attention_heads, config.attention_probs_dropout_prob = 4, 0.0
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="swaa_flex").eval()
+    with pytest.raises(UnsupportedModelError, match="'biogpt': compiled prompts are padded, and it takes pads"):
         swaa_flex.compile(model, max_length=100)
 
 

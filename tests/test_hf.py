@@ -1,4 +1,7 @@
+import copy
+import dataclasses
 import json
+import traceback
 import warnings
 
 import pytest
@@ -7,12 +10,16 @@ import transformers
 from conftest import counting_backend
 from reference import Reference
 from test_models import SIZE, batch, tiny, under_reference
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
 import swaa_flex
-from swaa_flex import ConfigError, MaskError, SWAAConfig, UnsupportedModelError
+from swaa_flex import ConfigError, MaskError, SWAACache, SWAAConfig, UnsupportedModelError
 from swaa_flex.hf.attention import attention_forward
+from swaa_flex.hf.cache import CACHE
+from swaa_flex.hf.mask import ForwardMask
+from swaa_flex.hf.prompt import PromptInfo, surrounding_prompt
 
 CONFIG = SWAAConfig(sliding_window=16, sink_tokens=2, full_attention_layers=[1], dense_tail=4)
 TIGHT = {"atol": 1e-5, "rtol": 1e-5}
@@ -64,6 +71,14 @@ def test_a_field_that_is_set_in_the_configuration_of_a_model_counts(model, tmp_p
     assert model.config.swaa == changed.to_dict()
 
 
+def test_a_recipe_that_narrows_no_layer_of_the_model_warns():
+    model = tiny("gemma2", layer_types=["sliding_attention", "full_attention"] * 2)
+    with pytest.warns(UserWarning, match=r"changes nothing: full_attention_layers='1::2' .*\(1, 3\).*=\[3\]"):
+        swaa_flex.adapt(model, "balanced")
+    for useful in (SWAAConfig(full_attention_layers=[3]), SWAAConfig(sliding_window=16), "full"):
+        swaa_flex.adapt(model, useful)  # a warning would be an error
+
+
 def test_omitting_the_configuration_takes_the_default_recipe(tmp_path):
     LlamaForCausalLM(LlamaConfig(**SIZE)).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="swaa_flex")
@@ -92,6 +107,27 @@ def test_config_swaa_reads_as_a_plain_dict_or_none():
     assert json.loads(json.dumps(config.swaa)) == config.swaa
     config.swaa = None
     assert config.swaa is None
+
+
+def test_restore_works_on_a_copy_and_where_there_is_no_sdpa(tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(**SIZE))
+    model.set_attn_implementation("eager")
+    swaa_flex.adapt(model, CONFIG)
+    torch.save(model, tmp_path / "model.pt")
+    for changed in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False), model):
+        assert swaa_flex.restore(changed).config._attn_implementation == "eager"
+        assert changed.config.swaa is None
+    loaded = tiny("gpt_oss")  # under swaa_flex from the start
+    assert swaa_flex.restore(loaded).config._attn_implementation == "eager"
+    before = swaa_flex.restore(swaa_flex.adapt(loaded, CONFIG))
+    assert before.config._attn_implementation == "eager" and before.config.swaa is None
+
+
+@pytest.mark.parametrize("call", [swaa_flex.adapt, swaa_flex.restore])
+@pytest.mark.parametrize("wrong", ["Qwen/Qwen3-4B", None, LlamaConfig(**SIZE)])
+def test_what_is_no_model_is_refused(call, wrong):
+    with pytest.raises(UnsupportedModelError, match=f"expected a model of transformers, got {type(wrong).__name__}"):
+        call(wrong)
 
 
 def test_adapt_replaces_and_restore_puts_back_the_former_implementation():
@@ -434,3 +470,68 @@ def test_the_reference_itself_knows_full_attention(model):
     model.set_attn_implementation("sdpa")
     torch.testing.assert_close(ours, logits(model, ids), **TIGHT)
     assert Reference.config is wide
+
+
+# --- what one forward leaves does not reach another ------------------------------------------------------------
+
+
+def test_pads_of_a_request_without_cache_do_not_reach_the_cache_of_another(model):
+    model.config.swaa = dataclasses.replace(CONFIG, dense_tail=0)
+    ids, later = torch.randint(3, 99, (1, 40)), torch.randint(3, 99, (1, 5))
+    padded = torch.tensor([[0] * 20 + [1] * 20])
+
+    def continued(disturbed):
+        cache = SWAACache(model.config)
+        logits(model, ids, **{CACHE: cache})
+        if disturbed:
+            logits(model, ids.flip(1), attention_mask=padded, use_cache=False)
+        assert cache.first is None
+        return logits(model, later, **{CACHE: cache})
+
+    assert torch.equal(continued(True), continued(False))
+
+
+def test_a_refused_forward_leaves_nothing_behind(model):
+    ids, padded = torch.randint(3, 99, (1, 40)), torch.tensor([[0] * 20 + [1] * 20])
+    expected = logits(model, ids, use_cache=False)
+    cache = SWAACache(model.config, prompt_lengths=3, attention_mask=padded)
+    with pytest.raises(UnsupportedModelError, match="output_attentions"):
+        logits(model, ids.flip(1), output_attentions=True, **{CACHE: cache})
+    assert torch.equal(logits(model, ids, use_cache=False), expected)
+
+
+def test_prompts_that_are_not_left_in_turn_are_refused_and_forgotten(model):
+    first, second = swaa_flex.prompt(30), swaa_flex.prompt(70)
+    first.__enter__()
+    second.__enter__()
+    for each in (first, second):
+        with pytest.raises(MaskError, match="do not await inside prompt"):
+            each.__exit__(None, None, None)
+    assert surrounding_prompt() == PromptInfo()
+
+
+def test_a_decode_step_reads_no_tensor_on_the_host(model, monkeypatch):
+    model.config.swaa = dataclasses.replace(CONFIG, full_attention_decode=False)
+    monkeypatch.setattr(ForwardMask, "_may_read", lambda self: self.sizes[2] > 1)  # as on a GPU
+    with swaa_flex.prompt(30):
+        cache = SWAACache(model.config)
+        for tokens in (30, 1, 1):
+            logits(model, torch.randint(3, 99, (1, tokens)), **{CACHE: cache})
+        with Reads() as reads:
+            logits(model, torch.randint(3, 99, (1, 1)), **{CACHE: cache})
+    assert reads.from_us == []
+
+
+class Reads(TorchDispatchMode):
+    """Which lines of swaa_flex read a tensor's value."""
+
+    def __init__(self):
+        super().__init__()
+        self.from_us = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "local_scalar_dense" in str(function):
+            self.from_us += [
+                f"{f.filename}:{f.lineno}" for f in traceback.extract_stack() if "swaa_flex/" in f.filename
+            ]
+        return function(*args, **kwargs or {})

@@ -247,15 +247,70 @@ def test_fingerprint_of_tensors_and_closures_is_refused():
         (lambda: packed(causal()), "exactly one of them"),
         (lambda: left_padded(causal(), torch.tensor([[1, 1], [1, 1]])[:, :, None]), "attention mask"),
         (lambda: left_padded(causal(), torch.tensor([[1, 1, 1], [1, 0, 1]])), "between real tokens in sequence 1"),
-        (lambda: offset(causal(), q=torch.tensor([1, 2])), "0-d tensor for q"),
+        (lambda: offset(causal(), q=torch.tensor([1, 2])), "0-d integer tensor for q"),
         (lambda: kv_positions(causal(), torch.tensor([0.5])), "kv_positions takes integers"),
         (lambda: from_mask_mod(3), "from_mask_mod takes a function"),
         (lambda: window(1 << 40), "at most"),
+        (lambda: documents([0, 0, 1]), r"documents takes integers .*not \[0, 0, 1\]"),
+        (lambda: rows_where([True]), r"rows_where takes a bool tensor .*not \[True\]"),
+        (lambda: rows_from(torch.tensor([True])), "rows_from takes .*not bool"),
+        (lambda: kv_positions(causal(), [1, 2]), "kv_positions takes integers"),
+        (lambda: packed(causal(), position_ids=torch.tensor([0.0, 1.0])), "packed takes integers .*float32"),
+        (lambda: left_padded(causal(), [0, 1]), "attention mask"),
+        (lambda: heads(None, causal(), causal()), "heads takes bool flags .*not None"),
+        (lambda: heads([True], causal, causal()), "heads: expected a Mask, not function"),
+        (lambda: offset(window, q=3), "offset: expected a Mask"),
+        (lambda: offset(causal(), q=1.5), "integer tensor for q, not 1.5"),
+        (lambda: packed(None, document_ids=torch.tensor([0])), "packed: expected a Mask, not NoneType"),
+        (lambda: swaa_flex.build_block_mask(causal, 4, 4), "mask: expected a Mask"),
+        (lambda: swaa_flex.plan(None, 4, 4), "mask: expected a Mask, not NoneType"),
+        (lambda: swaa_flex.build_block_mask(causal(), 4.0, 4), "q_len=4.0, kv_len=4: expected"),
+        (lambda: swaa_flex.build_block_mask(causal(), 1 << 32, 4), "expected at most 1073741823 rows"),
+        (lambda: swaa_flex.build_block_mask(causal(), 4, 4, block_size=-128), "block_size=-128: expected at least 1"),
+        (lambda: swaa_flex.build_block_mask(causal(), 4, 4, block_size=(128,)), r"block_size=\(128,\)"),
     ],
 )
 def test_bad_input_names_the_value_and_what_was_expected(make, message):
     with pytest.raises(MaskError, match=message):
         make()
+
+
+LONG = torch.arange(8) // 4  # two documents
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows", "keys"),
+    [
+        (documents(LONG), 8, 8),
+        (causal() & rows_where(LONG.bool()), 8, None),
+        (causal() | ~rows_where(LONG.bool()[None]), 8, None),
+        (kv_positions(causal(), LONG), None, 8),
+        (kv_positions(rows_where(LONG.bool()), LONG[:3]), 8, 3),
+        (packed(causal(), document_ids=LONG), 8, 8),
+        (heads([True], documents(LONG), causal()), 8, 8),
+        (offset(documents(LONG), q=2, kv=-1), 6, 9),
+        (offset(documents(LONG), q=torch.tensor(2)), None, 8),
+        (left_padded(causal(), torch.ones(2, 8)), None, None),
+        (left_padded(documents(LONG), torch.ones(8)), None, None),
+        (sinks_and_tail(rows_where(LONG.bool()), 2, start=4), 8, None),
+        (causal() & window(4), None, None),
+    ],
+)
+def test_tables_are_for_as_many_rows_and_keys_as_they_have_entries(mask, rows, keys):
+    assert mask.table_sizes == (rows, keys)
+    batch, number = mask.batch_size, mask.num_heads
+    most_rows, most_keys = rows or 20, keys or 20
+    for make in (swaa_flex.build_block_mask, swaa_flex.plan):
+        make(mask, most_rows, most_keys, batch=batch, heads=number)
+        if rows:
+            with pytest.raises(MaskError, match=f"a table for {rows} query rows, but it is used with {rows + 1}"):
+                make(mask, rows + 1, most_keys, batch=batch, heads=number)
+        if keys:
+            with pytest.raises(MaskError, match=f"a table for {keys} keys, but it is used with {keys + 1}"):
+                make(mask, most_rows, keys + 1, batch=batch, heads=number)
+    if rows and not isinstance(getattr(mask, "q", 0), torch.Tensor):
+        with pytest.raises(MaskError, match=f"for {rows - 2} query rows, but it is used with {rows}"):
+            swaa_flex.build_block_mask(mask, rows, most_keys, batch=batch, heads=number, q_offset=2)
 
 
 def test_masks_of_different_batches_do_not_combine():

@@ -151,6 +151,35 @@ def test_checkpointed_gradients_are_the_same(model):
             torch.testing.assert_close(gradient, plain[name], atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_the_tail_of_a_prompt_ends_with_its_document_and_before_pads():
+    model = tiny("llama")
+    model.config.swaa = SWAAConfig(8, 2, (), True, 4)
+    ids = torch.randint(3, 99, (1, 60))
+    answer = torch.zeros(1, 60, dtype=torch.bool)
+    answer[:, 10:14] = True  # a prompt, its answer, another prompt; in the second document a prompt only
+    alone = model(ids[:, :40], decode_rows=answer[:, :40], use_cache=False).logits
+    positions = torch.cat([torch.arange(40), torch.arange(20)])[None]
+    packed = model(ids, position_ids=positions, decode_rows=answer, use_cache=False).logits
+    torch.testing.assert_close(packed[:, :40], alone, atol=1e-5, rtol=1e-5)
+    padded, real = torch.cat([ids[:, :40], torch.zeros(1, 9, dtype=torch.long)], 1), (torch.arange(49) < 40).long()
+    told = {"attention_mask": real[None], "decode_rows": answer[:, :49]}
+    torch.testing.assert_close(model(padded, **told, use_cache=False).logits[:, :40], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_with_adapters_is_adapted_and_restored(model):
+    peft = pytest.importorskip("peft")
+    ids, labels = (x[None] for x in sample((30, 9)))
+    aware = model(ids, labels=labels).loss
+    plain = swaa_flex.restore(model)
+    wrapped = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert swaa_flex.adapt(wrapped, RECIPES[0]) is wrapped
+    torch.testing.assert_close(wrapped(input_ids=ids, labels=labels).loss, aware)
+    assert swaa_flex.restore(wrapped) is wrapped
+    assert plain.config._attn_implementation == "sdpa" and "forward" not in vars(plain)
+
+
 def test_text_without_a_prompt_slides_everywhere(model):
     ids = torch.randint(3, 99, (1, 60))
     flattened = ids.clone()

@@ -208,12 +208,21 @@ PER_HEAD = heads([True, False], causal(), everything())
         (causal(), {"b": -1}, "b=-1: expected an index from 0$"),
         (causal(), {"block_size": 0}, "block_size=0: expected at least 1"),
         (causal(), {"q_len": 0}, "q_len=0, kv_len=64: expected at least one"),
-        (lambda b, h, q, kv: q >= kv, {}, "expected a Mask, not function; wrap a mask_mod with .*from_mask_mod"),
+        (causal(), {"q_len": 10**9, "kv_len": 10**9}, "so many blocks do not fit into memory"),
+        (causal(), {"q_len": 10**5, "kv_len": 10**5, "block_size": 1}, "so many blocks do not fit into memory"),
+        (causal(), {"q_len": 10**22}, "expected at most 1073741823 rows"),
+        (lambda b, h, q, kv: q >= kv, {}, "expected a Mask, not function; .*wrap a mask_mod with .*from_mask_mod"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(function, mask, kwargs, message):
     with pytest.raises(MaskError, match=message):
         function(mask, **{"q_len": 64, "kv_len": 64, **kwargs})
+
+
+@pytest.mark.parametrize("block_size", [64, 10**9])
+def test_a_block_may_be_larger_than_the_mask(block_size):
+    picture = viz.terminal(causal(), 64, 64, block_size=block_size)
+    assert picture.survey.visible == pytest.approx(65 / 128)
 
 
 # --- long sequences ----------------------------------------------------------------------------------------

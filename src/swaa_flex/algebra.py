@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -16,6 +16,10 @@ from .errors import MaskError
 from .intervals import EVERYTHING, Bounds, Rows
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+TableSizes = tuple[int | None, int | None]
+"""Rows and keys."""
 
 
 class Mask:
@@ -65,6 +69,11 @@ class Mask:
     def num_heads(self) -> int | None:
         """Number of query heads that the mask distinguishes, or None if it is the same for all."""
         return self._common("num_heads")
+
+    @property
+    def table_sizes(self) -> TableSizes:
+        """Query rows and keys that the tables in the mask have entries for, or None where any number will do."""
+        return smallest(mask.table_sizes for value in self._values() for mask in _masks_in(value))
 
     @property
     def looks_at_heads(self) -> bool:
@@ -220,6 +229,12 @@ class Not(Mask):
 
     def __repr__(self) -> str:
         return f"~{_parenthesised(self.mask, self._precedence)}"
+
+
+def smallest(sizes: Iterable[TableSizes]) -> TableSizes:
+    """What all of the tables have entries for."""
+    rows, keys = zip((None, None), *sizes, strict=True)
+    return tuple(min((n for n in found if n is not None), default=None) for found in (rows, keys))  # type: ignore[return-value]
 
 
 def negated(mask: Mask) -> Mask:
@@ -378,9 +393,28 @@ def _stable_code(code: types.CodeType) -> Any:
     return (code.co_code.hex(), code.co_names, constants)
 
 
-def describe(tensor: Tensor) -> str:
-    """Dtype and shape in words, for messages."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
+def checked(user: str, mask: object) -> Mask:
+    """A mask that somebody gave to `user`."""
+    if not isinstance(mask, Mask):
+        raise MaskError(
+            f"{user}: expected a Mask, not {type(mask).__name__}; call what makes one, as in causal(), or wrap a "
+            "mask_mod with swaa_flex.masks.from_mask_mod"
+        )
+    return mask
+
+
+def holds_integers(value: object, *dims: int) -> bool:
+    """Whether it is a tensor of integers with one of these numbers of dimensions."""
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        return False
+    return value.dim() in dims and not value.is_floating_point() and not value.is_complex()
+
+
+def describe(value: object) -> str:
+    """What was given instead of a tensor, or its dtype and shape, for messages."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"
 
 
 def brief(value: int | Tensor) -> str:

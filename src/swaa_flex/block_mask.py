@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from .algebra import Mask, has_tensor
+from .algebra import Mask, checked, has_tensor
 from .errors import MaskError
 from .intervals import Bounds, Interval, Linear, Rows, Union, symbolic
-from .masks import offset
+from .masks import LARGEST, offset
 
 BLOCK_SIZE = 128
 """Rows and keys per block, FlexAttention's default sparse block size."""
@@ -58,7 +58,8 @@ def build_block_mask(
         backward pass needs (`swaa_flex.plan(..., needs_grad=True)` adds them).
 
     Raises:
-        MaskError: if a length is not positive, or the mask holds tensors for another batch or number of heads.
+        MaskError: if a length or block size is not positive, or the mask holds tensors for another batch, number of
+            heads or fewer rows or keys.
 
     Examples:
         >>> from swaa_flex.masks import causal, sinks, window
@@ -66,8 +67,10 @@ def build_block_mask(
         >>> tuple(block_mask.kv_indices.shape)
         (1, 1, 32, 5)
     """
-    check_sizes(mask, q_len, kv_len, batch, heads)
-    shifted = offset(mask, q=q_offset)
+    if not all(isinstance(side, int) and side >= 1 for side in _sides(block_size)) or len(_sides(block_size)) != 2:
+        raise MaskError(f"block_size={block_size!r}: expected at least 1 row and key per block, one number or both")
+    shifted = offset(checked("mask", mask), q=q_offset)
+    check_sizes(shifted, q_len, kv_len, batch, heads)
     here = laid_out_on(shifted, torch.device(device))
     bounds = row_block_bounds(shifted, q_len, kv_len, _sides(block_size)[0], here)
     return moved(layout(shifted, bounds, q_len, kv_len, device=here, block_size=block_size), device)
@@ -173,9 +176,19 @@ def merged_ranges(intervals: Union, row_blocks: int, device: torch.device | str)
 
 
 def check_sizes(mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: int | None) -> None:
-    """Refuses lengths below 1 and masks that hold tensors for another batch or number of heads."""
-    if q_len < 1 or kv_len < 1:
+    """Refuses lengths of nothing, and tensors in masks that are for other sizes."""
+    if not all(isinstance(length, (int, torch.SymInt)) and length >= 1 for length in (q_len, kv_len)):
         raise MaskError(f"q_len={q_len}, kv_len={kv_len}: expected at least one query row and one key")
+    # Not in a compiled graph, whose lengths vary.
+    tables = (None, None) if torch.compiler.is_compiling() else mask.table_sizes
+    if not torch.compiler.is_compiling() and max(q_len, kv_len) > LARGEST:
+        raise MaskError(f"q_len={q_len}, kv_len={kv_len}: expected at most {LARGEST} rows and keys")
+    for name, length, own in (("query rows", q_len, tables[0]), ("keys", kv_len, tables[1])):
+        if own is not None and length > own:
+            raise MaskError(
+                f"{mask!r} holds a table for {own} {name}, but it is used with {length}; give the table an entry for "
+                "each of them"
+            )
     for name, given, own in (("batch", batch, mask.batch_size), ("heads", heads, mask.num_heads)):
         if own is not None and given != own:
             raise MaskError(
@@ -185,7 +198,7 @@ def check_sizes(mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: i
 
 
 def _sides(block_size: BlockSize) -> tuple[int, int]:
-    return (block_size, block_size) if isinstance(block_size, int) else block_size
+    return block_size if isinstance(block_size, tuple) else (block_size, block_size)
 
 
 def _ranges(

@@ -15,7 +15,7 @@ import itertools
 import math
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,44 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from . import backends, chunked
-from .algebra import Mask
+from .algebra import Mask, checked
 from .block_mask import BLOCK_SIZE, check_sizes
-from .errors import BackendUnavailableError, MaskError
+from .errors import BackendUnavailableError, ConfigError, MaskError
 from .plan import FEW_ROWS, AttentionPlan, Segment, plan
 
 FOR_CUDNN = 8192  # tokens; see `_sdpa`
 DECODE_OPTIONS = {"BLOCK_N": 64, "num_stages": 3, "num_warps": 4}  # of the decode kernel, where tiles are small enough
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | AttentionPlan,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | AttentionPlan,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+    backend: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -57,7 +87,8 @@ def attention(
         scale: factor of the scores, 1 / sqrt(head_dim) if None.
         softcap: bounds scores to (-softcap, softcap) through a tanh (Gemma 2).
         sink_logits: `[heads]`, one learned logit per head that joins the softmax without a value (gpt-oss).
-        backend: "auto", or the one to use or be refused: "flash", "triton", "cpp", "chunked". A plan has its own.
+        backend: "auto", or the one to use or be refused: "flash", "triton", "cpp", "chunked". A plan has its own, and
+            refuses another.
         return_lse: whether to return the log-sum-exp too.
 
     Returns:
@@ -65,7 +96,8 @@ def attention(
         log-sum-exp of the scores, sink logit included, `[batch, heads, q_len]` (natural logarithm, float32 or wider).
 
     Raises:
-        MaskError: if the shapes do not fit each other or the mask.
+        MaskError: if the shapes do not fit each other or the mask, or `softcap` is not positive.
+        ConfigError: if `backend` is no backend, or not that of the plan.
         BackendUnavailableError: if the backend cannot run what is asked; the message says the way out.
 
     Examples:
@@ -75,17 +107,17 @@ def attention(
         torch.Size([1, 2, 300, 16])
     """
     _check_shapes(query, key, value, sink_logits)
+    if softcap is not None and not softcap > 0:
+        raise MaskError(f"softcap={softcap}: expected a positive bound, or None for none")
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (query, key, value, sink_logits) if t is not None
     )
     if isinstance(mask, AttentionPlan):
         ready = _checked_plan(mask, query, key, needs_grad)
+        if backend not in ("auto", ready.backend):
+            raise ConfigError(f"backend={backend!r}: the plan is for {ready.backend!r}; make one for the other")
     else:
-        if not isinstance(mask, Mask):
-            raise MaskError(
-                f"mask: expected a Mask or an AttentionPlan, not {type(mask).__name__}; wrap a mask_mod "
-                "with swaa_flex.masks.from_mask_mod"
-            )
+        checked("mask", mask)
         chosen = backends.resolve(
             backend,
             query.device,
@@ -371,6 +403,15 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor
             "query, key and value must be [batch, heads, len, head_dim]; got "
             f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
+    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
+        raise MaskError(
+            f"query, key and value: expected at least one of all, got {list(query.shape)}, {list(key.shape)}, "
+            f"{list(value.shape)}"
+        )
+    if not query.device == key.device == value.device:
+        raise MaskError(
+            f"query, key and value: expected one device, got {query.device}, {key.device} and {value.device}"
+        )
     same = query.shape[0] == key.shape[0] == value.shape[0] and query.shape[3] == key.shape[3]
     if not same or key.shape[1:3] != value.shape[1:3] or query.shape[1] % key.shape[1]:
         raise MaskError(
@@ -378,6 +419,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor
             f"kv_heads, kv_len, value_dim] do not fit: {list(query.shape)}, {list(key.shape)}, {list(value.shape)}; "
             "heads must be a multiple of kv_heads"
         )
+    if sink_logits is not None and not isinstance(sink_logits, Tensor):
+        raise MaskError(f"sink_logits: expected a tensor [heads], got {sink_logits!r}")
     if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
         raise MaskError(f"sink_logits: expected one per query head, [{query.shape[1]}], got {list(sink_logits.shape)}")
 

@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 from . import intervals
-from .algebra import Everything, Mask, MaskMod, brief, describe, negated
+from .algebra import (
+    Everything,
+    Mask,
+    MaskMod,
+    TableSizes,
+    brief,
+    checked,
+    describe,
+    holds_integers,
+    negated,
+)
 from .errors import MaskError
 from .intervals import EVERYTHING, NOTHING, Bounds, Interval, Linear, Rows, symbolic
 from .sequences import (
@@ -98,7 +108,7 @@ def rows_from(start: int | Tensor) -> Mask:
         start: an integer, or an integer tensor `[batch]` (or `[1]`, or 0-d) with one start per sequence.
     """
     if isinstance(start, Tensor):
-        if start.dim() > 1 or start.is_floating_point():
+        if not holds_integers(start, 0, 1):
             raise MaskError(f"rows_from takes an int or an integer tensor [batch], not {describe(start)}")
         return _RowsFrom(start)
     return _RowsFrom(_checked_int("rows_from", start, None))
@@ -111,7 +121,7 @@ def rows_where(flags: Tensor) -> Mask:
         flags: bool `[rows]` or `[batch, rows]`, by row index, `q_offset` included: one for each row that the mask is
             used for.
     """
-    if flags.dtype != torch.bool or flags.dim() not in (1, 2):
+    if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.dim() not in (1, 2):
         raise MaskError(f"rows_where takes a bool tensor [q_len] or [batch, q_len], not {describe(flags)}")
     flat = drop_single_batch(flags)
     counts = torch.nn.functional.pad(flat.cumsum(-1, dtype=torch.int32), (1, 0))
@@ -140,10 +150,10 @@ def heads(selected: Tensor | Sequence[bool], then: Mask, otherwise: Mask) -> Mas
         then: the mask of the selected heads.
         otherwise: the mask of the other heads.
     """
-    flags = selected if isinstance(selected, Tensor) else torch.tensor(selected)
-    if flags.dtype != torch.bool or flags.dim() != 1:
+    flags = torch.tensor(selected) if isinstance(selected, Sequence) else selected
+    if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.dim() != 1:
         raise MaskError(f"heads takes bool flags [heads], not {describe(flags)}")
-    return _Heads(flags, then, otherwise)
+    return _Heads(flags, checked("heads", then), checked("heads", otherwise))
 
 
 def from_mask_mod(mask_mod: MaskMod) -> Mask:
@@ -174,8 +184,9 @@ def offset(mask: Mask, q: int | Tensor = 0, kv: int | Tensor = 0) -> Mask:
         kv: added to key indices, likewise.
     """
     for name, value in (("q", q), ("kv", kv)):
-        if isinstance(value, Tensor) and value.dim() != 0:
-            raise MaskError(f"offset takes an int or a 0-d tensor for {name}, not {describe(value)}")
+        if not (holds_integers(value, 0) if isinstance(value, Tensor) else isinstance(value, (int, torch.SymInt))):
+            raise MaskError(f"offset takes an int or a 0-d integer tensor for {name}, not {describe(value)}")
+    checked("offset", mask)
     if isinstance(q, int) and isinstance(kv, int) and q == 0 and kv == 0:
         return mask
     return _Offset(mask, q, kv)
@@ -188,9 +199,9 @@ def kv_positions(mask: Mask, positions: Tensor) -> Mask:
         mask: a mask in positions.
         positions: integers `[kv_len]` or `[batch, kv_len]`, in any order.
     """
-    if positions.dim() not in (1, 2) or positions.is_floating_point():
+    if not holds_integers(positions, 1, 2):
         raise MaskError(f"kv_positions takes integers [kv_len] or [batch, kv_len], not {describe(positions)}")
-    return KvPositions(mask, positions, drop_single_batch(positions))
+    return KvPositions(checked("kv_positions", mask), positions, drop_single_batch(positions))
 
 
 def sinks_and_tail(mask: Mask, sink_slots: int, *, start: int | Tensor, first: int | Tensor = 0) -> Mask:
@@ -209,9 +220,9 @@ def sinks_and_tail(mask: Mask, sink_slots: int, *, start: int | Tensor, first: i
     sinks_and_tail(causal & window(64), 4, start=900, first=0)
     """
     for name, value in (("start", start), ("first", first)):
-        if isinstance(value, Tensor) and (value.dim() > 1 or value.is_floating_point()):
+        if isinstance(value, Tensor) and not holds_integers(value, 0, 1):
             raise MaskError(f"sinks_and_tail: {name} is an int or integers [batch], not {describe(value)}")
-    return SinksAndTail(mask, _checked_int("sinks_and_tail", sink_slots, 0), start, first)
+    return SinksAndTail(checked("sinks_and_tail", mask), _checked_int("sinks_and_tail", sink_slots, 0), start, first)
 
 
 def packed(mask: Mask, *, document_ids: Tensor | None = None, position_ids: Tensor | None = None) -> Mask:
@@ -229,8 +240,11 @@ def packed(mask: Mask, *, document_ids: Tensor | None = None, position_ids: Tens
     """
     if (document_ids is None) == (position_ids is None):
         raise MaskError("packed takes either document_ids= or position_ids=, exactly one of them")
+    checked("packed", mask)
     if document_ids is not None:
         return Packed(mask, document_ids, DocumentTable.of(document_ids, "packed"))
+    if not holds_integers(position_ids, 1, 2):
+        raise MaskError(f"packed takes integers [len] or [batch, len], not {describe(position_ids)}")
     assert position_ids is not None
     steps = position_ids.diff(dim=-1, prepend=position_ids[..., :1] - 1) != 1
     table = DocumentTable.of(steps.cumsum(-1), "packed")
@@ -249,9 +263,9 @@ def left_padded(mask: Mask, attention_mask: Tensor) -> Mask:
     Raises:
         MaskError: if a sequence has pads between real tokens (checked on CPU tensors only).
     """
-    if attention_mask.dim() not in (1, 2):
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (1, 2):
         raise MaskError(f"left_padded takes an attention mask [batch, kv_len], not {describe(attention_mask)}")
-    return Padded(mask, attention_mask, *sequence_ends(drop_single_batch(attention_mask)))
+    return Padded(checked("left_padded", mask), attention_mask, *sequence_ends(drop_single_batch(attention_mask)))
 
 
 def sequence_ends(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -429,6 +443,14 @@ class _Offset(Mask):
         q = self.q
         return tuple(row - q for row in self.mask.row_breaks())
 
+    @property
+    def table_sizes(self) -> TableSizes:
+        rows, keys = self.mask.table_sizes
+        return (
+            None if rows is None or isinstance(self.q, Tensor) else rows - self.q,
+            None if keys is None or isinstance(self.kv, Tensor) else keys - self.kv,
+        )
+
     def __repr__(self) -> str:
         moved = [f"{name}={brief(v)}" for name, v in (("q", self.q), ("kv", self.kv)) if not _is_zero(v)]
         return f"offset({', '.join([repr(self.mask), *moved])})"
@@ -438,7 +460,7 @@ def _is_zero(value: int | Tensor) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-_LARGEST = (1 << 30) - 1  # positions are int32, and sums of two of them must fit
+LARGEST = (1 << 30) - 1  # positions are int32, and sums of two of them must fit
 
 
 def _checked_int(name: str, value: object, minimum: int | None) -> int:
@@ -446,6 +468,6 @@ def _checked_int(name: str, value: object, minimum: int | None) -> int:
         raise MaskError(f"{name} takes an integer, not {value!r}")
     if minimum is not None and value < minimum:
         raise MaskError(f"{name}({value}): expected an integer of at least {minimum}")
-    if isinstance(value, int) and value > _LARGEST:
-        raise MaskError(f"{name}({value}): expected an integer of at most {_LARGEST}")
+    if isinstance(value, int) and value > LARGEST:
+        raise MaskError(f"{name}({value}): expected an integer of at most {LARGEST}")
     return value  # type: ignore[return-value]

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from . import backends, chunked
 from .algebra import (
     Mask,
+    checked,
     has_single_number,
     inlined,
     only_integers,
@@ -107,7 +108,8 @@ def plan(
         The plan.
 
     Raises:
-        MaskError: if a length is not positive, or the mask holds tensors for another batch or number of heads.
+        MaskError: if a length is not positive, or the mask holds tensors for another batch, number of heads or fewer
+            rows or keys.
         ConfigError: if `backend` is no backend.
         BackendUnavailableError: if the backend cannot run here; the message says what is missing.
 
@@ -116,10 +118,10 @@ def plan(
         >>> plan(causal() & (window(256) | rows_from(4000)), 4096, 4096)
         AttentionPlan(chunked, 4096 x 4096, rows 0-3999: causal & window(256), rows 4000-4095: offset(causal, q=4000))
     """
-    check_sizes(mask, q_len, kv_len, batch, heads)
+    local = offset(checked("mask", mask), q=q_offset)
+    check_sizes(local, q_len, kv_len, batch, heads)
     device = torch.device(device)
     backend = backends.resolve(backend, device, q_len=q_len, needs_grad=needs_grad)
-    local = offset(mask, q=q_offset)
     # The compiled CPU kernel is wrong on a slice of a query that is computed in the same graph (torch 2.13).
     whole = backend == "cpp" and torch.compiler.is_compiling()
     parts = [(0, q_len, mask)] if whole or twin is not None else _split(mask, q_len, q_offset)

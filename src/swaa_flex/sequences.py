@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import intervals
-from .algebra import Mask, brief, describe
+from .algebra import Mask, TableSizes, brief, describe, holds_integers
 from .errors import MaskError
 from .intervals import EVERYTHING, NOTHING, Bounds, Interval, Linear, Rows, symbolic
 
@@ -40,6 +40,10 @@ class RowsWhere(Mask):
     def batch_size(self) -> int | None:
         return _batch_of(self.flags)
 
+    @property
+    def table_sizes(self) -> TableSizes:
+        return self.flags.shape[-1], None
+
     def __repr__(self) -> str:
         return f"rows_where({brief(self.source)})"
 
@@ -69,6 +73,10 @@ class Documents(Mask):
     def batch_size(self) -> int | None:
         return self.table.batch_size
 
+    @property
+    def table_sizes(self) -> TableSizes:
+        return self.table.sizes
+
     def __repr__(self) -> str:
         return f"documents({brief(self.source)})"
 
@@ -95,6 +103,10 @@ class KvPositions(Mask):
     @property
     def batch_size(self) -> int | None:
         return _batch_of(self.positions) or self.mask.batch_size
+
+    @property
+    def table_sizes(self) -> TableSizes:
+        return self.mask.table_sizes[0], self.positions.shape[-1]
 
     def __repr__(self) -> str:
         return f"kv_positions({self.mask!r}, {brief(self.source)})"
@@ -137,6 +149,10 @@ class Packed(Mask):
     def batch_size(self) -> int | None:
         return self.table.batch_size or self.mask.batch_size
 
+    @property
+    def table_sizes(self) -> TableSizes:
+        return self.table.sizes
+
     def __repr__(self) -> str:
         return f"packed({self.mask!r}, {brief(self.source)})"
 
@@ -167,6 +183,10 @@ class Padded(Mask):
     @property
     def batch_size(self) -> int | None:
         return self.first.shape[0] if self.first.dim() == 1 else self.mask.batch_size
+
+    @property
+    def table_sizes(self) -> TableSizes:
+        return None, None  # of positions; keys after the attention mask are pads
 
     def __repr__(self) -> str:
         return f"left_padded({self.mask!r}, {brief(self.source)})"
@@ -213,6 +233,10 @@ class SinksAndTail(Mask):
         ends = [v for v in (self.start, self.first) if isinstance(v, Tensor) and v.dim() == 1 and v.shape[0] > 1]
         return ends[0].shape[0] if ends else self.mask.batch_size
 
+    @property
+    def table_sizes(self) -> TableSizes:
+        return self.mask.table_sizes[0], None
+
     def __repr__(self) -> str:
         return (
             f"sinks_and_tail({self.mask!r}, {self.sink_slots}, start={brief(self.start)}, first={brief(self.first)})"
@@ -231,7 +255,7 @@ class DocumentTable:
     @classmethod
     def of(cls, document_ids: Tensor, user: str) -> DocumentTable:
         """The table of contiguous documents; `user` is named in errors."""
-        if document_ids.dim() not in (1, 2) or document_ids.is_floating_point():
+        if not holds_integers(document_ids, 1, 2):
             raise MaskError(f"{user} takes integers [len] or [batch, len], not {describe(document_ids)}")
         ids = drop_single_batch(document_ids)
         length = ids.shape[-1]
@@ -255,6 +279,11 @@ class DocumentTable:
     @property
     def batch_size(self) -> int | None:
         return _batch_of(self.ids)
+
+    @property
+    def sizes(self) -> TableSizes:
+        """See `Mask.table_sizes`."""
+        return self.ids.shape[-1], self.ids.shape[-1]
 
     def same(self, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         """Whether row and key are of one document."""

@@ -22,7 +22,7 @@ from rich.style import Style
 from rich.text import Text
 from torch import Tensor
 
-from .block_mask import BLOCK_SIZE, build_block_mask
+from .block_mask import BLOCK_SIZE, build_block_mask, check_sizes, list_width, row_block_bounds
 from .errors import MaskError
 from .masks import Mask
 
@@ -171,6 +171,7 @@ _BlockLists = tuple[Tensor, Tensor]
 _PARTIAL, _FULL = 1, 2
 _EXACT_PAIRS = 1 << 26
 _PAIRS_AT_ONCE = 1 << 22
+_MOST_LISTED = 1 << 26  # blocks
 _SAMPLES = 8
 """Rows, and keys, that are looked at for a pixel."""
 
@@ -215,6 +216,7 @@ class _Survey:
             block_size = _readable_block_size(max(q_len, kv_len))
         elif block_size < 1:
             raise MaskError(f"block_size={block_size}: expected at least 1 row and key per block")
+        cls._refuse_too_many_blocks(mask, q_len, kv_len, block_size, device)
         blocks = build_block_mask(
             mask, q_len, kv_len, batch=mask.batch_size, heads=mask.num_heads, device=device, block_size=block_size
         )
@@ -222,10 +224,24 @@ class _Survey:
         partial = _selected(blocks.kv_num_blocks, b, h), _selected(blocks.kv_indices, b, h)
         full = _selected(blocks.full_kv_num_blocks, b, h), _selected(blocks.full_kv_indices, b, h)
         place = torch.tensor(b, device=device), torch.tensor(h, device=device)
-        unsampled = int(partial[0].sum()) * block_size**2 <= _EXACT_PAIRS
+        pairs = min(block_size, q_len) * min(block_size, kv_len)
+        unsampled = int(partial[0].sum()) * pairs <= _EXACT_PAIRS
         survey = cls(mask, q_len, kv_len, block_size, chosen, *place, partial, full, math.nan, unsampled)
         object.__setattr__(survey, "visible", survey._count_visible() / (q_len * kv_len))
         return survey
+
+    @staticmethod
+    def _refuse_too_many_blocks(
+        mask: Mask, q_len: int, kv_len: int, block_size: int, device: torch.device | str
+    ) -> None:
+        few = min(q_len, block_size)  # lists are as wide for all rows
+        check_sizes(mask, q_len, kv_len, mask.batch_size, mask.num_heads)
+        width = list_width(row_block_bounds(mask, few, kv_len, block_size, device), kv_len, block_size)
+        if math.ceil(q_len / block_size) * width > _MOST_LISTED:
+            raise MaskError(
+                f"{q_len} x {kv_len} with block_size={block_size}: so many blocks do not fit into memory; "
+                "take fewer rows and keys, or a larger block size"
+            )
 
     def captions(self) -> tuple[str, str]:
         """What share of the pairs is visible, and what the blocks are."""
@@ -278,22 +294,23 @@ class _Survey:
     def _count_visible(self) -> float:
         """Visible pairs: all of a full block, in partial blocks those found, or an estimate from random pairs."""
         blocks = int(self.partial[0].sum())
-        side = self.block_size if self.exact else max(1, math.isqrt(_EXACT_PAIRS // blocks))
+        sides = tuple(min(self.block_size, length) for length in (self.q_len, self.kv_len))
+        looked_at = sides if self.exact else (max(1, math.isqrt(_EXACT_PAIRS // blocks)),) * 2
         generator = torch.Generator().manual_seed(0)
         found = 0
-        for row_block, kv_block in self._partial_blocks(max(1, _PAIRS_AT_ONCE // side**2)):
-            if self.exact:
-                within_q = within_kv = torch.arange(side)[None, :]
-            else:
-                within_q, within_kv = torch.randint(
-                    self.block_size, (2, len(row_block), side), generator=generator
-                ).unbind()
+        for row_block, kv_block in self._partial_blocks(max(1, _PAIRS_AT_ONCE // math.prod(looked_at))):
+            within_q, within_kv = (
+                torch.arange(side)[None, :]
+                if self.exact
+                else torch.randint(side, (len(row_block), count), generator=generator)
+                for side, count in zip(sides, looked_at, strict=True)
+            )
             q = (row_block[:, None] * self.block_size + within_q.to(row_block.device))[:, :, None]
             kv = (kv_block[:, None] * self.block_size + within_kv.to(row_block.device))[:, None, :]
             inside = (q < self.q_len) & (kv < self.kv_len)
             seen = self.mask(self.b, self.h, q.clamp(max=self.q_len - 1), kv.clamp(max=self.kv_len - 1))
             found += int((seen & inside).sum())
-        return int(self.full[0].sum()) * self.block_size**2 + found * (self.block_size / side) ** 2
+        return int(self.full[0].sum()) * self.block_size**2 + found * math.prod(sides) / math.prod(looked_at)
 
     def _partial_blocks(self, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The row block and the kv block of the partial blocks, `[n]` each, n at most `at_once`."""

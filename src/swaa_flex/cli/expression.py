@@ -22,7 +22,6 @@ _ALLOWED = (
     "offset(mask, q=N, kv=N), & | ~ and parentheses; or a recipe by itself:\n"
     f"{', '.join(recipes.names())}."
 )
-_LARGEST = 2**31 - 1  # indices are int32 in the kernels
 
 
 def parse(text: str) -> Mask:
@@ -115,8 +114,8 @@ class _Reader:
             value = value.value
         if not isinstance(value, int) or isinstance(value, bool):
             self.wrong(node, "expected a whole number such as 64 here")
-        if value > _LARGEST:
-            self.wrong(node, f"expected a number of at most {_LARGEST:,}".replace(",", "_"))
+        if value > masks.LARGEST:
+            self.wrong(node, f"expected a number of at most {masks.LARGEST:,}".replace(",", "_"))
         return sign * value
 
     def unknown(self, node: ast.expr, name: str) -> NoReturn:

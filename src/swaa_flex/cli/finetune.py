@@ -70,6 +70,9 @@ def finetune(
     A run that was interrupted goes on from its last checkpoint when it is started
     again.
 
+    For several processes, swaa_flex.tuning.LAUNCH is a folder with configurations
+    of accelerate.
+
     [bold]Examples[/]
 
       swaa-flex finetune Qwen/Qwen3-4B-Instruct-2507 train.jsonl run --recipe quality

@@ -89,6 +89,8 @@ def layers(
         )
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: it is a file; expected a folder, existing or new")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # what cannot be written shows before the minutes of measuring
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     count = loaded.config.get_text_config().num_hidden_layers
     budget = count // 2 if budget is None else budget

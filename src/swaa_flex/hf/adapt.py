@@ -11,13 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import recipes
 from ..config import SWAAConfig
-from .config import swaa_of
+from ..errors import UnsupportedModelError
 from .labels import read_labels, read_labels_no_more
 from .native import refuse_without_interface
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
-_BEFORE = "_attention_before_swaa"  # on the model: implementation by id of config
+_BEFORE = "_attention_before_swaa"  # on the model: implementation of each of its configs, in order
 
 
 def adapt(model: ModelT, recipe_or_config: str | SWAAConfig | dict[str, Any] = recipes.DEFAULT) -> ModelT:
@@ -28,7 +28,7 @@ def adapt(model: ModelT, recipe_or_config: str | SWAAConfig | dict[str, Any] = r
     whose first two tokens have none.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or one with adapters of peft.
         recipe_or_config: the name of a recipe, a `SWAAConfig`, or its fields as a dict.
 
     Returns:
@@ -36,7 +36,8 @@ def adapt(model: ModelT, recipe_or_config: str | SWAAConfig | dict[str, Any] = r
 
     Raises:
         ConfigError: if the configuration is invalid or does not fit the model's number of layers.
-        UnsupportedModelError: if the model's code does not use transformers' attention interface.
+        UnsupportedModelError: if it is no model of transformers, or its code does not use transformers' attention
+            interface.
 
     Examples:
         >>> import swaa_flex
@@ -48,13 +49,13 @@ def adapt(model: ModelT, recipe_or_config: str | SWAAConfig | dict[str, Any] = r
         >>> swaa_flex.restore(model).config._attn_implementation
         'sdpa'
     """
-    refuse_without_interface(type(model.config.get_text_config()))
-    model.config.swaa = recipe_or_config
-    if model.config._attn_implementation != "swaa_flex":
-        before = {id(config): config._attn_implementation for config in _configs(model)}
-        setattr(model, _BEFORE, before)
-    model.set_attn_implementation("swaa_flex")
-    read_labels(model)
+    base = _base(model)
+    refuse_without_interface(type(base.config.get_text_config()))
+    base.config.swaa = recipe_or_config
+    if base.config._attn_implementation != "swaa_flex":
+        setattr(base, _BEFORE, [config._attn_implementation for config in _configs(base)])
+    base.set_attn_implementation("swaa_flex")
+    read_labels(base)
     return model
 
 
@@ -62,7 +63,7 @@ def restore(model: ModelT) -> ModelT:
     """Undoes `adapt`: the attention implementation the model had before, and no `config.swaa`.
 
     A model that was loaded with `attn_implementation="swaa_flex"` had none before and gets "sdpa", the default of
-    transformers.
+    transformers, or "eager" where it does not support that.
 
     Args:
         model: a model that `adapt` or `from_pretrained` switched to sliding-window attention.
@@ -70,13 +71,20 @@ def restore(model: ModelT) -> ModelT:
     Returns:
         The same model.
     """
-    before = model.__dict__.pop(_BEFORE, {})
-    read_labels_no_more(model)
-    model.set_attn_implementation("sdpa")
-    for config in _configs(model):
+    base = _base(model)
+    configs, before = _configs(base), base.__dict__.get(_BEFORE)
+    if before is None:
+        try:
+            base.set_attn_implementation("sdpa")
+        except ValueError:  # GPT-OSS, whose sinks it does not have
+            base.set_attn_implementation("eager")
+    else:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+    for config in configs:
         config.swaa = None
-        if id(config) in before:
-            config._attn_implementation_internal = before[id(config)]
+    base.__dict__.pop(_BEFORE, None)
+    read_labels_no_more(base)
     return model
 
 
@@ -88,11 +96,23 @@ def full_attention(config: PreTrainedConfig) -> Iterator[None]:
         config: of a model under `attn_implementation="swaa_flex"`.
     """
     before = config.swaa
-    config.swaa = dataclasses.replace(recipes.get("full"), backend=swaa_of(config).backend)
+    backend = "auto" if before is None else before.parsed.backend
+    config.swaa = dataclasses.replace(recipes.get("full"), backend=backend)
     try:
         yield
     finally:
         config.swaa = before
+
+
+def _base(model: Any) -> PreTrainedModel:
+    """The model of transformers, without the adapters around it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"expected a model of transformers, got {type(model).__name__}; load one with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    return base
 
 
 def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,14 +142,14 @@ class SWAACache(Cache):
 
         Returns:
             "full": layers that keep every key; "window": layers that keep sinks and window; "native": layers that the
-            model itself restricts; and the "total". A layer of `tokens` keys takes
+            model itself restricts, states of recurrent ones included; and the "total". A layer of `tokens` keys takes
             2 * batch * kv_heads * tokens * head_dim * bytes per element.
         """
         held = {"full": 0, "window": 0, "native": 0}
         for layer in self.layers:
-            kind = "native" if layer.is_sliding else "window" if isinstance(layer, _RELEASING) else "full"
-            tensors = {id(t): t for t in (layer.keys, layer.values, *(getattr(layer, "ring", None) or ()))}
-            held[kind] += sum(t.numel() * t.element_size() for t in tensors.values() if t is not None)
+            kind = "native" if _is_native(layer) else "window" if isinstance(layer, _RELEASING) else "full"
+            tensors = {id(t): t for t in _tensors(layer)}
+            held[kind] += sum(t.numel() * t.element_size() for t in tensors.values())
         return {**held, "total": sum(held.values())}
 
     def size_of(self, batch_size: int, dtype: torch.dtype) -> tuple[float, float]:
@@ -214,6 +214,7 @@ class SWAACache(Cache):
                 f"{self.config.model_type} model; make one with SWAACache(model.config)"
             )
         self._check_shape(self.layers[layer_idx], key_states, layer_idx)
+        self._refuse_longer(self.layers[layer_idx], key_states)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         handed = _handed()
         handed.clear()
@@ -332,6 +333,17 @@ class SWAACache(Cache):
                 "call reset() and compute the prompt again"
             )
 
+    def _refuse_longer(self, layer: CacheLayerMixin, key_states: Tensor) -> None:
+        """Refuses more tokens than there is room for; on a GPU in one forward only, as counting would wait for it."""
+        if self.max_length is None or torch.compiler.is_compiling():
+            return
+        seen: Any = layer.get_seq_length() if key_states.device.type == "cpu" else 0
+        if int(seen) + key_states.shape[-2] > self.max_length:
+            raise ConfigError(
+                f"the cache was made for max_length={self.max_length} tokens per sequence and is given number "
+                f"{int(seen) + key_states.shape[-2]}; make a longer one, or one that grows: SWAACache(config)"
+            )
+
     def _check_shape(self, layer: CacheLayerMixin, key_states: Tensor, layer_idx: int) -> None:
         ring = getattr(layer, "ring", None)
         held = layer.keys if ring is None else ring[0]
@@ -345,6 +357,19 @@ class SWAACache(Cache):
                 f"given {list(got)}; it belongs to another model or batch: make a new one, or call reset()"
                 + (" (a cache of fixed size keeps its batch size)" if self.max_length is not None else "")
             )
+
+
+def _is_native(layer: Any) -> bool:
+    return bool(getattr(layer, "is_sliding", not hasattr(layer, "keys")))
+
+
+def _tensors(layer: Any) -> Iterator[Tensor]:
+    """What a layer of a cache holds: keys, values, a ring, and the states of recurrent layers by number."""
+    for name in ("keys", "values", "ring", "conv_states", "recurrent_states"):
+        held = getattr(layer, name, None)
+        for tensor in held.values() if isinstance(held, dict) else held if isinstance(held, tuple) else (held,):
+            if isinstance(tensor, Tensor):
+                yield tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -417,11 +442,15 @@ def stored(keys: Tensor, layer_idx: object) -> Stored | None:
     return Stored(cache, layer)
 
 
-def told_by_attention_mask(first: Tensor, sizes: tuple[int, int]) -> None:
-    """Passes on to the cache that has just been asked for `sizes` where its sequences begin."""
+def told_by_attention_mask(first: Tensor | None, sizes: tuple[int, int]) -> None:
+    """Passes on to the cache that has just been asked for `sizes` where its sequences begin, if a mask says so.
+
+    A forward begins, so what earlier ones have left goes in any case: keys of one that was refused, for instance.
+    """
+    _handed().clear()
     asked, _asked.by = _asked.by, None
     cache = asked[0]() if asked is not None and asked[1] == sizes else None
-    if cache is not None:
+    if cache is not None and first is not None:
         cache._pads.set(first)
 
 

@@ -204,19 +204,20 @@ class StaticSinksAndWindowLayer(StaticLayer):
     def _refuse_chunks(self, new: int) -> None:
         if not self.hold_prompt or torch.compiler.is_compiling():
             return
-        if self.prompt_again and new > 1:
+        if new == 1:
+            self.prompt_again = False
+        elif self.prompt_again:
             raise ConfigError(
                 "a later prompt arrives in several forwards, and the rows of its dense tail would have to see keys "
                 "that a cache of fixed size has released by then; give it in one forward, or use SWAACache(config) "
                 "without max_length"
             )
-        self.prompt_again = new > 1
 
     @property
     def first(self) -> Tensor:
         first = self.pads.first
         assert first is not None
-        return first
+        return first.to(self.keys.device)  # layers may lie on several
 
     def _slot_of(self, column: Tensor) -> Tensor:
         """The slot of the token in a column, 0-d or `[batch, n]` (some slot, where there is none)."""
@@ -232,6 +233,8 @@ class StaticSinksAndWindowLayer(StaticLayer):
             if decoding and not first_token and not torch.compiler.is_compiling():
                 self.begin_decoding()
             return
+        if self.hold_prompt and not torch.compiler.is_compiling():
+            self.prompt_again = not decoding
         start = out.start[:, None] if isinstance(out.start, Tensor) else out.start
         column = self._columns()
         source = column - start + out.sink_slots

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from ..errors import ConfigError, DoesNotFitError
+from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from .cache import CACHE, SWAACache
 from .config import swaa_of
 from .fused_linear import fuse_projections, in_compiled_model, projections_are_intact
@@ -54,7 +55,8 @@ def compile(
 
     Raises:
         ConfigError: if an argument makes no sense, or the model does not run swaa_flex.
-        UnsupportedModelError: if its code cannot be told where prompts end.
+        UnsupportedModelError: if its code cannot be told where prompts end or takes pads for tokens, or its layers lie
+            on several devices.
 
     Weights may change in place afterwards. If they are replaced (`model.to`, `load_state_dict(assign=True)`), or the
     recipe is, requests are refused: compile again.
@@ -99,6 +101,7 @@ class CompiledModel:
                 "call swaa_flex.adapt(model, recipe) before compiling it"
             )
         _refuse_rotations_that_change(model, max_length)
+        _refuse_several_devices(model)
         self.model = model.eval()
         self.max_length = max_length
         self.batch_size = batch_size
@@ -106,6 +109,7 @@ class CompiledModel:
         self.chunks = tuple(sorted({min(size, -(-max_length // BLOCK) * BLOCK) for size in (small, prefill_chunk)}))
         capacity = -(-(max_length + self.chunks[-1]) // BLOCK) * BLOCK
         self.cache = SWAACache(model.config, max_length=capacity)
+        _refuse_what_takes_pads(self.cache)
         self.device = model.device
         self.first = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=self.device)
@@ -451,6 +455,30 @@ def _refuse_rotations_that_change(model: PreTrainedModel, max_length: int) -> No
                 f"{kind['rope_type']!r}), and keys of a prompt that comes in chunks are held as they were rotated; "
                 f"compile for max_length={least}, or use generate of transformers"
             )
+
+
+def _refuse_several_devices(model: PreTrainedModel) -> None:
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"compile is for a model on one device, and this one has layers on {', '.join(devices)}; use generate of "
+            "transformers, or split each layer by tensor parallelism"
+        )
+
+
+def _refuse_what_takes_pads(cache: SWAACache) -> None:
+    """Refuses models that take the pads before a prompt for tokens where they do not get an attention mask."""
+    recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+    if recurrent or cache.config.model_type in _MAKING_MASKS:
+        raise UnsupportedModelError(
+            f"model type {cache.config.model_type!r}: compiled prompts are padded, and "
+            + ("its recurrent layers take" if recurrent else "it takes")
+            + " pads for tokens; use generate of transformers, with SWAACache or without"
+        )
+
+
+_MAKING_MASKS = frozenset({"biogpt"})
+"""Model types that make an attention mask of ones where they get none (transformers 5.17 to 5.24)."""
 
 
 def _compiled(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .. import recipes
-from ..config import SWAAConfig
+from ..config import LayerKind, SWAAConfig
 from ..errors import ConfigError
 
 RECIPE_VARIABLE = "SWAA_FLEX_RECIPE"
@@ -59,11 +61,26 @@ class SWAAAttribute:
             stored = StoredConfig(recipes.coerce(value, getattr(text, "model_type", None)))
             layers = getattr(text, "num_hidden_layers", None)
             if layers is not None:
-                stored.parsed.resolve(layers)
+                _warn_if_idle(stored.parsed, stored.parsed.resolve(layers), text)
         config.__dict__["swaa"] = stored
         inner = config.get_text_config()
         if inner is not config:
             inner.__dict__["swaa"] = stored
+
+
+def _warn_if_idle(swaa: SWAAConfig, kinds: Sequence[LayerKind], model: PreTrainedConfig) -> None:
+    """Warns of each second layer, say, where these are just the ones that a model with windows of its own has full."""
+    own, near = getattr(model, "layer_types", None) or (), getattr(model, "sliding_window", None) or 0
+    full = [layer for layer, kind in enumerate(own) if kind == "full_attention"]
+    if not isinstance(swaa.full_attention_layers, str) or (swaa.sliding_window or 0) < near or len(full) == len(own):
+        return
+    if full and len(kinds) == len(own) and all(kinds[layer].full for layer in full):
+        some = ", ".join(map(str, full[:4])) + ", ..." * (len(full) > 4)
+        warnings.warn(
+            f"the recipe changes nothing: full_attention_layers={swaa.full_attention_layers!r} keeps all layers full "
+            f"that are full in this model ({some}); name fewer of them, as in full_attention_layers=[{full[-1]}]",
+            stacklevel=4,
+        )
 
 
 setattr(PreTrainedConfig, "swaa", SWAAAttribute())  # noqa: B010 (mypy knows no such attribute)

@@ -71,8 +71,8 @@ def make_forward_mask(
         q_offset = q_offset.clone().reshape(())
     maybe_packed = attention_mask is None and not isinstance(q_offset, Tensor) and kv_length == q_length
     ends = None if attention_mask is None else sequence_ends(attention_mask)
-    if ends is not None and not torch.compiler.is_compiling():
-        told_by_attention_mask(ends[0], (kv_length, kv_offset))
+    if not torch.compiler.is_compiling():
+        told_by_attention_mask(None if ends is None else ends[0], (kv_length, kv_offset))
     native, is_packed = read_native(mask_function, local_size, use_vmap, config, maybe_packed)
     return ForwardMask(
         config=config,
@@ -320,6 +320,8 @@ class ForwardMask(BlockMask):
         if torch.compiler.is_compiling() and self.ends is not None and "told" not in self.memo:
             source.begins_at(self.ends[0])  # outside of graphs the cache is told before the first layer
             self.memo["told"] = True
+        if source.ring:  # what it could release is released
+            return
         config = swaa_of(self.config)
         tail = config.dense_tail if info.dense_tail is None else info.dense_tail
         source.release(key, value, info.says_where, self._decoding(info, tail, self._ends(source)[0]))
@@ -345,6 +347,8 @@ class ForwardMask(BlockMask):
             return q_len == 1 and (isinstance(self.q_offset, Tensor) or self.q_offset > 0)
         if torch.compiler.is_compiling():
             return False  # unknown without a synchronisation; keeping the keys is always right
+        if isinstance(info.lengths, int) and isinstance(self.q_offset, int) and first is None:
+            return info.lengths < self.q_offset + q_len
         if "decoding" not in self.memo:
             if info.decode_rows is not None:
                 begun: Tensor | bool = info.decode_rows.any(-1).all()

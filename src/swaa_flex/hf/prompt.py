@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..algebra import describe
 from ..errors import MaskError
 
 
@@ -72,12 +73,18 @@ def prompt(
     """
     if dense_tail is not None and (isinstance(dense_tail, bool) or not isinstance(dense_tail, int) or dense_tail < 0):
         raise MaskError(f"dense_tail={dense_tail!r}: expected a number of rows, 0 for none")
-    before = _active.info
-    _active.info = PromptInfo(*_checked(lengths, decode_rows), dense_tail)
+    before, own = _active.info, PromptInfo(*_checked(lengths, decode_rows), dense_tail)
+    _active.info = own
     try:
         yield
     finally:
-        _active.info = before
+        others = _active.info is not own
+        _active.info = NOTHING_KNOWN if others else before
+    if others:  # not in a context variable, which torch.compile cannot trace (torch 2.13)
+        raise MaskError(
+            "another prompt() of this thread was entered inside this one and not left again, so forwards ran under "
+            "it; do not await inside prompt(), or pass prompt_lengths= to the forwards"
+        )
 
 
 def surrounding_prompt() -> PromptInfo:
@@ -99,10 +106,10 @@ def _checked(
 ) -> tuple[int | Tensor | None, Tensor | None]:
     if lengths is not None and decode_rows is not None:
         raise MaskError("give either prompt lengths or decode_rows: each says where the prompt ends")
-    if decode_rows is not None and (decode_rows.dtype != torch.bool or decode_rows.dim() != 2):
-        raise MaskError(
-            f"decode_rows: expected bool [batch, q_len], got {decode_rows.dtype} of shape {list(decode_rows.shape)}"
-        )
+    if decode_rows is not None and (
+        not isinstance(decode_rows, Tensor) or decode_rows.dtype != torch.bool or decode_rows.dim() != 2
+    ):
+        raise MaskError(f"decode_rows: expected bool [batch, q_len], got {describe(decode_rows)}")
     if lengths is None:
         return None, decode_rows
     if not isinstance(lengths, Tensor):
@@ -113,6 +120,8 @@ def _checked(
         lengths = torch.tensor(numbers)
     if lengths.dim() > 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise MaskError(f"prompt lengths: expected ints [batch], got {lengths.dtype} of shape {list(lengths.shape)}")
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
+        raise MaskError(f"prompt lengths: expected numbers of tokens, got {lengths.tolist()}")
     return lengths, None
 
 
