@@ -540,6 +540,11 @@ def test_a_layer_may_lie_on_another_device_than_the_first(kind):
     assert keys.device.type == "meta"
 
 
+def test_a_model_is_no_configuration():
+    with pytest.raises(ConfigError, match=r"expected that of a model, as in SWAACache\(model.config\), got LlamaFor"):
+        SWAACache(tiny("llama"))
+
+
 @torch.no_grad()
 def test_recurrent_layers_are_counted_and_not_compiled():
     shape = {name: test_models.SIZE[name] for name in test_models.SIZE if name != "head_dim"}

@@ -248,6 +248,7 @@ def test_without_full_attention_the_notes_say_so():
         (("--lengths", "1k,4k"), "length 4096: expected 1 to 2048 tokens"),
         (("--window", "0"), "--window 0: expected at least 1 token"),
         (("--samples", "0"), "count=0: expected at least 1"),
+        (("--out", __file__), f"--out {__file__}: it is a file; expected a folder"),
         (("--settings", "nowhere.json"), "and --settings: expected one of them"),
         (("--judge", "exact", "--tasks", "ppl"), "--judge exact: it is for answers to qa:FILE"),
     ],

@@ -52,8 +52,14 @@ def examine() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "devices": devices,
-        "backends": {name: backends.why_not(name, default) or None for name in BACKENDS if name != "auto"},
+        "backends": {name: _why_not(name, default) for name in BACKENDS if name != "auto"},
     }
+
+
+def _why_not(name: str, device: torch.device) -> str | None:
+    if device.type == "cpu" and name in ("flash", "triton"):
+        return "it needs a CUDA GPU"
+    return backends.why_not(name, device) or None
 
 
 def as_text(report: dict[str, Any]) -> str:

@@ -110,6 +110,7 @@ def eval_(
             by_model = {model: [values for of_model in by_model.values() for values in of_model]}
     else:
         _recipes(recipes or RECIPES, None, window, sinks)  # what is wrong with them is said before a model is loaded
+    asked.folder("--out", out)
     for number, (name, of_settings) in enumerate(by_model.items(), 1):
         loaded, tokenizer = checkpoint.load(name)
         if adapter is not None:

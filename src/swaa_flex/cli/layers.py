@@ -23,7 +23,7 @@ from ..errors import ConfigError, did_you_mean
 from ..evaluation.perplexity import beginning
 from ..evaluation.texts import read as read_text
 from ..files import write_atomically
-from . import checkpoint
+from . import asked, checkpoint
 from . import tokens as token_counts
 
 METHODS = ("lazy", "sensitivity", "greedy")
@@ -87,9 +87,8 @@ def layers(
             f"--length {length}: expected more than the {window + sinks} tokens that --window {window} and --sinks "
             f"{sinks} show, or every layer sees everything"
         )
-    if out is not None and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: it is a file; expected a folder, existing or new")
     if out is not None:
+        asked.folder("--out", out)
         out.mkdir(parents=True, exist_ok=True)  # what cannot be written shows before the minutes of measuring
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     count = loaded.config.get_text_config().num_hidden_layers

@@ -101,6 +101,7 @@ def recommend(
     measured_on = None if length is None else tokens.read("--length", length)
     given = None if windows is None else [tokens.read("--windows", window) for window in asked.names(windows)]
     chosen_tasks = asked.tasks(tasks, {"text": text})
+    asked.folder("--out", out)
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     on_gpu = loaded.device.type == "cuda"
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 1 << 17

@@ -121,7 +121,7 @@ def _recipe(model: PreTrainedModel, folder: Path, swaa: str | SWAAConfig | Mappi
         swaa = _read(folder / RECIPE)
     if isinstance(swaa, Mapping) and _REFERENCE in swaa:
         return SWAAConfig.from_reference(swaa, text.num_hidden_layers)
-    return recipes.coerce(swaa if isinstance(swaa, (str, SWAAConfig)) else dict(swaa), text.model_type)
+    return recipes.coerce(swaa, text.model_type)
 
 
 def _read(path: Path) -> dict[str, Any]:
