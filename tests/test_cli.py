@@ -10,7 +10,7 @@ import torch
 from conftest import visible_pairs
 from typer.testing import CliRunner
 
-from swaa_flex import MaskError, __version__, backends, recipes, viz
+from swaa_flex import MaskError, __version__, recipes, viz
 from swaa_flex.cli import app, expression, main, show
 from swaa_flex.config import SWAAConfig
 from swaa_flex.masks import causal, everything, offset, rows_from, sinks, window

@@ -491,6 +491,13 @@ def test_pads_of_a_request_without_cache_do_not_reach_the_cache_of_another(model
     assert torch.equal(continued(True), continued(False))
 
 
+def test_a_cache_that_was_asked_outside_of_a_forward_is_not_told_of_the_next_one(model):
+    cache = SWAACache(model.config)
+    cache.get_mask_sizes(7, 0)
+    logits(model, torch.randint(3, 99, (1, 40)), attention_mask=torch.tensor([[0] * 20 + [1] * 20]), use_cache=False)
+    assert cache.first is None
+
+
 def test_a_refused_forward_leaves_nothing_behind(model):
     ids, padded = torch.randint(3, 99, (1, 40)), torch.tensor([[0] * 20 + [1] * 20])
     expected = logits(model, ids, use_cache=False)
