@@ -84,7 +84,9 @@ class SWAACache(Cache):
         offloading: bool = False,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
-            raise ConfigError(f"config: expected that of a model, as in SWAACache(model.config), got {type(config).__name__}")
+            raise ConfigError(
+                f"config: expected that of a model, as in SWAACache(model.config), got {type(config).__name__}"
+            )
         for name, number, least in (("max_length", max_length, 1), ("slack", slack, 0)):
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
                 raise ConfigError(f"{name}={number!r}: expected a number of tokens, at least {least}")
