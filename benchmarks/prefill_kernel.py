@@ -168,10 +168,11 @@ class Job:
             try:
                 call = ready.get(case) or self.call(case)
                 error = None if case.backward else largest_error(call(), *inputs(case), case, method)
+                size = sum(x.nbytes for x in inputs(case))  # of the case before there are none left now
                 if cuda:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
-                    held = torch.cuda.memory_allocated() - sum(x.nbytes for x in inputs(case))
+                    held = torch.cuda.memory_allocated() - size
                 took = runner.milliseconds(call, repeats=15, seconds=0.5)
                 peak = (torch.cuda.max_memory_allocated() - held) / runner.GIB if cuda else None
             except torch.OutOfMemoryError:

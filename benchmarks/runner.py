@@ -158,12 +158,15 @@ def _run_wave(wave: list[Job], report: Report, gpu: str) -> None:
     running = [(job, *_started(job, gpu)) for job in wave]
     notes = {id(job): _received(pipe)[1] for job, _, pipe in running}
     for job, process, pipe in running:
-        note, names = notes[id(job)], iter(job.failed(""))  # in the order of what it measures
+        note, names = notes[id(job)], list(job.failed(""))
         if not note:
             pipe.send("measure")
             kind, value = _received(pipe)
             while kind == "result":
-                report.add(value, next(names, None))
+                name = next((name for name in names if named(name, value)), None)
+                report.add(value, name)
+                if name is not None:
+                    names.remove(name)
                 kind, value = _received(pipe)
             note = value
         if note:
@@ -231,6 +234,12 @@ def noted(error: BaseException) -> str:
     """The note of a result that could not be measured."""
     reason = (str(error).strip() or "no reason given").splitlines()[0]
     return f"{type(error).__name__}: {reason}"[:160]
+
+
+def named(name: Any, result: Any) -> bool:
+    """Whether a result has what is set in another one."""
+    set_in_name = {n: v for n, v in asdict(name).items() if n != "note" and v not in (None, {}, (), [])}
+    return set_in_name.items() <= asdict(result).items()
 
 
 def _heat() -> None:
@@ -301,8 +310,7 @@ class Report:
         return all([self._named(name) for name in names])
 
     def _named(self, name: Any) -> list[Any]:
-        named = {n: v for n, v in asdict(name).items() if n != "note" and v not in (None, {}, (), [])}
-        return [result for result in self.results if named.items() <= asdict(result).items()]
+        return [result for result in self.results if named(name, result)]
 
     def save(self) -> None:
         if self.path:

@@ -265,7 +265,7 @@ UNAVAILABLE = BackendUnavailableError
         (run(softcap=-5), MaskError, "softcap=-5"),
         (run(sink_logits=[0.0]), MaskError, r"sink_logits: expected a tensor \[heads\], got \[0.0\]"),
         (lambda q, k, v: run()(q, k, v.to("meta")), MaskError, "expected one device, got cpu, cpu and meta"),
-        (lambda q, k, v: run()(q[:, :0], k, v), MaskError, "expected at least one of all"),
+        (lambda q, k, v: run()(q[:, :0], k, v), MaskError, "expected at least one head, row and number"),
         (lambda q, k, v: attention(q, k, v, rows_where(torch.ones(3, dtype=torch.bool))), MaskError, "3 query rows"),
         (lambda q, k, v: attention(q, k, v, window), MaskError, r"mask: expected a Mask, not function; call what"),
     ],
@@ -288,6 +288,11 @@ def test_head_dim_and_package_are_named_by_the_gpu_backends(monkeypatch):
     assert backends.why_not("flash", cuda, dtype=torch.bfloat16, head_dim=128) == ""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert "this GPU has 8.0" in backends.why_not("flash", cuda)
+
+
+def test_no_sequence_is_no_error():
+    query, key, value = (x[:0] for x in tensors())
+    assert attention(query, key, value, causal()).shape == query.shape
 
 
 def test_chunked_is_refused_inside_a_full_graph():

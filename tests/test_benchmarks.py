@@ -49,6 +49,11 @@ class Job:
             yield Result(self.method, length, note=note)
 
 
+class Backwards(Job):
+    def measure(self):
+        return reversed(list(super().measure()))
+
+
 @pytest.fixture
 def start(monkeypatch, tmp_path):
     """Makes a report in the folder, as the script `benchmarks/some.py` does with these arguments."""
@@ -111,6 +116,12 @@ def test_the_file_of_another_command_is_not_replaced(start, tmp_path):
         start()
     start("--methods", "of mine").add(Result("two", 1, seconds=1.0))
     assert [r.method for r in saved(report)] == ["two"]
+
+
+def test_results_may_come_in_another_order_than_their_names(start):
+    report = start()
+    runner.run([Backwards("one", 1.0)], report)
+    assert rows(report) == {("one", 2): 1.0, ("one", 1): 1.0}
 
 
 def test_resume_asks_for_the_folder(start):

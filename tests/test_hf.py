@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask
 
 import swaa_flex
 from swaa_flex import ConfigError, MaskError, SWAACache, SWAAConfig, UnsupportedModelError
+from swaa_flex.hf.adapt import full_attention
 from swaa_flex.hf.attention import attention_forward
 from swaa_flex.hf.cache import CACHE
 from swaa_flex.hf.mask import ForwardMask
@@ -75,8 +76,13 @@ def test_a_recipe_that_narrows_no_layer_of_the_model_warns():
     model = tiny("gemma2", layer_types=["sliding_attention", "full_attention"] * 2)
     with pytest.warns(UserWarning, match=r"changes nothing: full_attention_layers='1::2' .*\(1, 3\).*=\[3\]"):
         swaa_flex.adapt(model, "balanced")
+    with full_attention(model.config):  # a warning would be an error
+        pass
     for useful in (SWAAConfig(full_attention_layers=[3]), SWAAConfig(sliding_window=16), "full"):
-        swaa_flex.adapt(model, useful)  # a warning would be an error
+        swaa_flex.adapt(model, useful)
+    chunked = AutoConfig.for_model("llama4_text", num_hidden_layers=4, layer_types=model.config.layer_types)
+    chunked.layer_types = ["chunked_attention", "full_attention"] * 2
+    chunked.swaa = "balanced"  # narrows chunks of 8192
 
 
 def test_omitting_the_configuration_takes_the_default_recipe(tmp_path):
@@ -117,6 +123,12 @@ def test_restore_works_on_a_copy_and_where_there_is_no_sdpa(tmp_path):
     for changed in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False), model):
         assert swaa_flex.restore(changed).config._attn_implementation == "eager"
         assert changed.config.swaa is None
+    swaa_flex.adapt(model, CONFIG)
+    model.config = copy.deepcopy(model.config)  # another number of configs than before
+    assert swaa_flex.restore(model).config._attn_implementation == "eager" and model.config.swaa is None
+    compiled = torch.compile(swaa_flex.adapt(model, CONFIG))
+    assert swaa_flex.adapt(compiled, "full") is compiled and model.config.swaa["sliding_window"] is None
+    assert swaa_flex.restore(compiled) is compiled and model.config._attn_implementation == "eager"
     loaded = tiny("gpt_oss")  # under swaa_flex from the start
     assert swaa_flex.restore(loaded).config._attn_implementation == "eager"
     before = swaa_flex.restore(swaa_flex.adapt(loaded, CONFIG))

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from conftest import visible_pairs
@@ -273,6 +274,14 @@ def test_fingerprint_of_tensors_and_closures_is_refused():
 def test_bad_input_names_the_value_and_what_was_expected(make, message):
     with pytest.raises(MaskError, match=message):
         make()
+
+
+def test_numbers_of_numpy_are_numbers():
+    three, flags = numpy.int64(3), numpy.array([True, False])
+    assert offset(causal(), q=three) == offset(causal(), q=3)
+    block_mask = swaa_flex.build_block_mask(causal(), numpy.int64(8), 8, q_offset=three, block_size=[4, 4])
+    assert block_mask.shape[-2:] == (8, 8)
+    assert heads(flags, causal(), everything()).num_heads == 2
 
 
 LONG = torch.arange(8) // 4  # two documents

@@ -403,6 +403,11 @@ def checked(user: str, mask: object) -> Mask:
     return mask
 
 
+def is_whole(value: object) -> bool:
+    """Whether it is an integer: of Python, of numpy, or of a graph that is being traced."""
+    return isinstance(value, (int, torch.SymInt)) or hasattr(value, "__index__")
+
+
 def holds_integers(value: object, *dims: int) -> bool:
     """Whether it is a tensor of integers with one of these numbers of dimensions."""
     if not isinstance(value, Tensor) or value.dtype == torch.bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from .algebra import Mask, checked, has_tensor
+from .algebra import Mask, checked, has_tensor, is_whole
 from .errors import MaskError
 from .intervals import Bounds, Interval, Linear, Rows, Union, symbolic
 from .masks import LARGEST, offset
@@ -67,7 +67,8 @@ def build_block_mask(
         >>> tuple(block_mask.kv_indices.shape)
         (1, 1, 32, 5)
     """
-    if not all(isinstance(side, int) and side >= 1 for side in _sides(block_size)) or len(_sides(block_size)) != 2:
+    sides = tuple(_sides(block_size))
+    if len(sides) != 2 or not all(is_whole(side) and side >= 1 for side in sides):
         raise MaskError(f"block_size={block_size!r}: expected at least 1 row and key per block, one number or both")
     shifted = offset(checked("mask", mask), q=q_offset)
     check_sizes(shifted, q_len, kv_len, batch, heads)
@@ -177,7 +178,7 @@ def merged_ranges(intervals: Union, row_blocks: int, device: torch.device | str)
 
 def check_sizes(mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: int | None) -> None:
     """Refuses lengths of nothing, and tensors in masks that are for other sizes."""
-    if not all(isinstance(length, (int, torch.SymInt)) and length >= 1 for length in (q_len, kv_len)):
+    if not all(is_whole(length) and length >= 1 for length in (q_len, kv_len)):
         raise MaskError(f"q_len={q_len}, kv_len={kv_len}: expected at least one query row and one key")
     # Not in a compiled graph, whose lengths vary.
     tables = (None, None) if torch.compiler.is_compiling() else mask.table_sizes
@@ -189,6 +190,11 @@ def check_sizes(mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: i
                 f"{mask!r} holds a table for {own} {name}, but it is used with {length}; give the table an entry for "
                 "each of them"
             )
+    check_batch_and_heads(mask, batch, heads)
+
+
+def check_batch_and_heads(mask: Mask, batch: int | None, heads: int | None) -> None:
+    """Refuses tensors in masks that are for another batch or number of heads."""
     for name, given, own in (("batch", batch, mask.batch_size), ("heads", heads, mask.num_heads)):
         if own is not None and given != own:
             raise MaskError(
@@ -198,7 +204,7 @@ def check_sizes(mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: i
 
 
 def _sides(block_size: BlockSize) -> tuple[int, int]:
-    return block_size if isinstance(block_size, tuple) else (block_size, block_size)
+    return block_size if isinstance(block_size, (tuple, list)) else (block_size, block_size)
 
 
 def _ranges(

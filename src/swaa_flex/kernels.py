@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from . import backends, chunked
 from .algebra import Mask, checked
-from .block_mask import BLOCK_SIZE, check_sizes
+from .block_mask import BLOCK_SIZE, check_batch_and_heads
 from .errors import BackendUnavailableError, ConfigError, MaskError
 from .plan import FEW_ROWS, AttentionPlan, Segment, plan
 
@@ -403,10 +403,10 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor
             "query, key and value must be [batch, heads, len, head_dim]; got "
             f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
-    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
+    if 0 in (*query.shape[1:], *key.shape[1:], *value.shape[1:]):
         raise MaskError(
-            f"query, key and value: expected at least one of all, got {list(query.shape)}, {list(key.shape)}, "
-            f"{list(value.shape)}"
+            "query, key and value: expected at least one head, row and number, got "
+            f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
     if not query.device == key.device == value.device:
         raise MaskError(
@@ -441,5 +441,5 @@ def _checked_plan(ready: AttentionPlan, query: Tensor, key: Tensor, needs_grad: 
         )
     if needs_grad and not ready.needs_grad and ready.backend != "chunked":
         raise MaskError("the plan was made without gradients; make it with plan(..., needs_grad=True)")
-    check_sizes(ready.mask, *lengths, batch=query.shape[0], heads=query.shape[1])
+    check_batch_and_heads(ready.mask, query.shape[0], query.shape[1])
     return ready

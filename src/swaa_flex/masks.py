@@ -14,6 +14,7 @@ own (as in transformers); `sinks(K)` are the keys below K.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ from .algebra import (
     checked,
     describe,
     holds_integers,
+    is_whole,
     negated,
 )
 from .errors import MaskError
@@ -150,7 +152,7 @@ def heads(selected: Tensor | Sequence[bool], then: Mask, otherwise: Mask) -> Mas
         then: the mask of the selected heads.
         otherwise: the mask of the other heads.
     """
-    flags = torch.tensor(selected) if isinstance(selected, Sequence) else selected
+    flags = selected if selected is None or isinstance(selected, (Tensor, str)) else torch.as_tensor(selected)
     if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.dim() != 1:
         raise MaskError(f"heads takes bool flags [heads], not {describe(flags)}")
     return _Heads(flags, checked("heads", then), checked("heads", otherwise))
@@ -184,9 +186,10 @@ def offset(mask: Mask, q: int | Tensor = 0, kv: int | Tensor = 0) -> Mask:
         kv: added to key indices, likewise.
     """
     for name, value in (("q", q), ("kv", kv)):
-        if not (holds_integers(value, 0) if isinstance(value, Tensor) else isinstance(value, (int, torch.SymInt))):
+        if not (holds_integers(value, 0) if isinstance(value, Tensor) else is_whole(value)):
             raise MaskError(f"offset takes an int or a 0-d integer tensor for {name}, not {describe(value)}")
     checked("offset", mask)
+    q, kv = (v if isinstance(v, (int, Tensor, torch.SymInt)) else operator.index(v) for v in (q, kv))
     if isinstance(q, int) and isinstance(kv, int) and q == 0 and kv == 0:
         return mask
     return _Offset(mask, q, kv)

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .. import recipes
 from ..config import SWAAConfig
 from ..errors import UnsupportedModelError
+from .config import default_recipe
 from .labels import read_labels, read_labels_no_more
 from .native import refuse_without_interface
 
@@ -73,14 +74,14 @@ def restore(model: ModelT) -> ModelT:
     """
     base = _base(model)
     configs, before = _configs(base), base.__dict__.get(_BEFORE)
-    if before is None:
-        try:
-            base.set_attn_implementation("sdpa")
-        except ValueError:  # GPT-OSS, whose sinks it does not have
-            base.set_attn_implementation("eager")
-    else:
+    if before is not None and len(before) == len(configs):
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation
+    else:  # adapted from the start, or put together anew since
+        try:
+            base.set_attn_implementation("sdpa" if before is None else before[0])
+        except ValueError:  # GPT-OSS has no sdpa, which lacks its sinks
+            base.set_attn_implementation("eager")
     for config in configs:
         config.swaa = None
     base.__dict__.pop(_BEFORE, None)
@@ -96,8 +97,8 @@ def full_attention(config: PreTrainedConfig) -> Iterator[None]:
         config: of a model under `attn_implementation="swaa_flex"`.
     """
     before = config.swaa
-    backend = "auto" if before is None else before.parsed.backend
-    config.swaa = dataclasses.replace(recipes.get("full"), backend=backend)
+    parsed = recipes.coerce(default_recipe()) if before is None else before.parsed
+    config.swaa = dataclasses.replace(recipes.get("full"), backend=parsed.backend)
     try:
         yield
     finally:
@@ -105,8 +106,9 @@ def full_attention(config: PreTrainedConfig) -> Iterator[None]:
 
 
 def _base(model: Any) -> PreTrainedModel:
-    """The model of transformers, without the adapters around it."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The model of transformers, without what torch.compile and peft have put around it."""
+    base = getattr(model, "_orig_mod", model)
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
     if not isinstance(base, PreTrainedModel):
         raise UnsupportedModelError(
             f"expected a model of transformers, got {type(model).__name__}; load one with "

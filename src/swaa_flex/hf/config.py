@@ -61,7 +61,9 @@ class SWAAAttribute:
             stored = StoredConfig(recipes.coerce(value, getattr(text, "model_type", None)))
             layers = getattr(text, "num_hidden_layers", None)
             if layers is not None:
-                _warn_if_idle(stored.parsed, stored.parsed.resolve(layers), text)
+                kinds = stored.parsed.resolve(layers)
+                if not isinstance(value, StoredConfig):  # that is put back, and has been warned of
+                    _warn_if_idle(stored.parsed, kinds, text)
         config.__dict__["swaa"] = stored
         inner = config.get_text_config()
         if inner is not config:
@@ -70,7 +72,8 @@ class SWAAAttribute:
 
 def _warn_if_idle(swaa: SWAAConfig, kinds: Sequence[LayerKind], model: PreTrainedConfig) -> None:
     """Warns of each second layer, say, where these are just the ones that a model with windows of its own has full."""
-    own, near = getattr(model, "layer_types", None) or (), getattr(model, "sliding_window", None) or 0
+    own = getattr(model, "layer_types", None) or ()
+    near = getattr(model, "sliding_window", None) or getattr(model, "attention_chunk_size", None) or 0
     full = [layer for layer, kind in enumerate(own) if kind == "full_attention"]
     if not isinstance(swaa.full_attention_layers, str) or (swaa.sliding_window or 0) < near or len(full) == len(own):
         return

@@ -82,8 +82,8 @@ def prompt(
         _active.info = NOTHING_KNOWN if others else before
     if others:  # not in a context variable, which torch.compile cannot trace (torch 2.13)
         raise MaskError(
-            "another prompt() of this thread was entered inside this one and not left again, so forwards ran under "
-            "it; do not await inside prompt(), or pass prompt_lengths= to the forwards"
+            "another prompt() of this thread was entered inside this one and not left again, so forwards may have "
+            "run under it; do not await inside prompt(), or pass prompt_lengths= to the forwards"
         )
 
 
