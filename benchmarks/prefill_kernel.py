@@ -168,7 +168,7 @@ class Job:
             try:
                 call = ready.get(case) or self.call(case)
                 error = None if case.backward else largest_error(call(), *inputs(case), case, method)
-                size = sum(x.nbytes for x in inputs(case))  # of the case before there are none left now
+                size = sum(x.nbytes for x in inputs(case))  # made now, not after the memory is counted
                 if cuda:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
