@@ -211,7 +211,11 @@ PER_HEAD = heads([True, False], causal(), everything())
         (causal(), {"q_len": 10**9, "kv_len": 10**9}, "so many blocks do not fit into memory"),
         (causal(), {"q_len": 10**5, "kv_len": 10**5, "block_size": 1}, "so many blocks do not fit into memory"),
         (causal(), {"q_len": 10**22}, "expected at most 1073741823 rows"),
-        (lambda b, h, q, kv: q >= kv, {}, "expected a Mask, not function; .*wrap a mask_mod with .*from_mask_mod"),
+        (
+            lambda b, h, q, kv: q >= kv,
+            {},
+            "mask: expected a Mask, not function; call what makes one, .* wrap a mask_mod with .*from_mask_mod",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(function, mask, kwargs, message):

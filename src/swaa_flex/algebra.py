@@ -409,10 +409,10 @@ def is_whole(value: object) -> bool:
 
 
 def holds_integers(value: object, *dims: int) -> bool:
-    """Whether it is a tensor of integers with one of these numbers of dimensions."""
-    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+    """Whether it is a tensor of integers, with one of these numbers of dimensions if any are given."""
+    if not isinstance(value, Tensor) or value.dtype == torch.bool or (dims and value.dim() not in dims):
         return False
-    return value.dim() in dims and not value.is_floating_point() and not value.is_complex()
+    return not value.is_floating_point() and not value.is_complex()
 
 
 def describe(value: object) -> str:

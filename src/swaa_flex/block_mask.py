@@ -67,14 +67,14 @@ def build_block_mask(
         >>> tuple(block_mask.kv_indices.shape)
         (1, 1, 32, 5)
     """
-    sides = tuple(_sides(block_size))
+    sides = _sides(block_size)
     if len(sides) != 2 or not all(is_whole(side) and side >= 1 for side in sides):
         raise MaskError(f"block_size={block_size!r}: expected at least 1 row and key per block, one number or both")
     shifted = offset(checked("mask", mask), q=q_offset)
     check_sizes(shifted, q_len, kv_len, batch, heads)
     here = laid_out_on(shifted, torch.device(device))
-    bounds = row_block_bounds(shifted, q_len, kv_len, _sides(block_size)[0], here)
-    return moved(layout(shifted, bounds, q_len, kv_len, device=here, block_size=block_size), device)
+    bounds = row_block_bounds(shifted, q_len, kv_len, sides[0], here)
+    return moved(layout(shifted, bounds, q_len, kv_len, device=here, block_size=sides), device)
 
 
 def laid_out_on(mask: Mask, device: torch.device, needs_grad: bool = False) -> torch.device:
@@ -180,16 +180,15 @@ def check_sizes(mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: i
     """Refuses lengths of nothing, and tensors in masks that are for other sizes."""
     if not all(is_whole(length) and length >= 1 for length in (q_len, kv_len)):
         raise MaskError(f"q_len={q_len}, kv_len={kv_len}: expected at least one query row and one key")
-    # Not in a compiled graph, whose lengths vary.
-    tables = (None, None) if torch.compiler.is_compiling() else mask.table_sizes
-    if not torch.compiler.is_compiling() and max(q_len, kv_len) > LARGEST:
-        raise MaskError(f"q_len={q_len}, kv_len={kv_len}: expected at most {LARGEST} rows and keys")
-    for name, length, own in (("query rows", q_len, tables[0]), ("keys", kv_len, tables[1])):
-        if own is not None and length > own:
-            raise MaskError(
-                f"{mask!r} holds a table for {own} {name}, but it is used with {length}; give the table an entry for "
-                "each of them"
-            )
+    if not torch.compiler.is_compiling():  # a graph is for lengths that vary
+        if max(q_len, kv_len) > LARGEST:
+            raise MaskError(f"q_len={q_len}, kv_len={kv_len}: expected at most {LARGEST} rows and keys")
+        for name, length, own in zip(("query rows", "keys"), (q_len, kv_len), mask.table_sizes, strict=True):
+            if own is not None and length > own:
+                raise MaskError(
+                    f"{mask!r} holds a table for {own} {name}, but it is used with {length}; give the table an entry "
+                    "for each of them"
+                )
     check_batch_and_heads(mask, batch, heads)
 
 
@@ -204,7 +203,7 @@ def check_batch_and_heads(mask: Mask, batch: int | None, heads: int | None) -> N
 
 
 def _sides(block_size: BlockSize) -> tuple[int, int]:
-    return block_size if isinstance(block_size, (tuple, list)) else (block_size, block_size)
+    return tuple(block_size) if isinstance(block_size, (tuple, list)) else (block_size, block_size)  # type: ignore[return-value]
 
 
 def _ranges(

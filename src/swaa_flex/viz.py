@@ -22,6 +22,7 @@ from rich.style import Style
 from rich.text import Text
 from torch import Tensor
 
+from .algebra import checked
 from .block_mask import BLOCK_SIZE, build_block_mask, check_sizes, list_width, row_block_bounds
 from .errors import MaskError
 from .masks import Mask
@@ -203,10 +204,7 @@ class _Survey:
         h: int,
         device: torch.device | str,
     ) -> _Survey:
-        if not isinstance(mask, Mask):
-            raise MaskError(
-                f"mask: expected a Mask, not {type(mask).__name__}; wrap a mask_mod with swaa_flex.masks.from_mask_mod"
-            )
+        checked("mask", mask)
         for name, index, own in (("b", b, mask.batch_size), ("h", h, mask.num_heads)):
             if index < 0 or (own is not None and index >= own):
                 last = "" if own is None else f" to {own - 1}, what {mask!r} holds tensors for"

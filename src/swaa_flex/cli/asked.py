@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
@@ -41,13 +40,3 @@ def tasks(given: str, options: Mapping[str, Any]) -> list[Task]:
         rows = getattr(task, "left_out", ())
         left_out.report(f"{len(rows)} rows of {task.name} are left out:", rows, left_out.say)
     return found
-
-
-def folder(option: str, path: Path) -> None:
-    """Refuses a file where an option names a folder, before the minutes of work whose results go there.
-
-    Raises:
-        ConfigError: if it is a file.
-    """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{option} {path}: it is a file; expected a folder, existing or new")

@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..evaluation import report, settings
 from ..evaluation.runner import SUMMARY, evaluate
 from ..evaluation.summary import Summary
+from ..files import refuse_file
 from ..tuning import load_adapter
 from . import asked, checkpoint
 from . import tokens as token_counts
@@ -110,7 +111,7 @@ def eval_(
             by_model = {model: [values for of_model in by_model.values() for values in of_model]}
     else:
         _recipes(recipes or RECIPES, None, window, sinks)  # what is wrong with them is said before a model is loaded
-    asked.folder("--out", out)
+    refuse_file(out, f"--out {out}: it")
     for number, (name, of_settings) in enumerate(by_model.items(), 1):
         loaded, tokenizer = checkpoint.load(name)
         if adapter is not None:

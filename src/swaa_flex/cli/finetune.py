@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from .. import recipes
 from ..config import SWAAConfig
 from ..errors import ConfigError
+from ..files import refuse_file
 from ..hf.adapt import adapt
 from ..hf.config import swaa_of
 from ..tuning import adapters, train
@@ -120,7 +121,7 @@ def merge(
 
     AutoModelForCausalLM.from_pretrained(OUT, attn_implementation="swaa_flex") loads it.
     """
-    adapters.refuse_file(out)
+    refuse_file(out)
     if Path(model).exists() and out.resolve() == Path(model).resolve():
         raise ConfigError(f"{out} is the base model itself; expected another folder to write")
     loaded, tokenizer = checkpoint.load(model)

@@ -22,8 +22,8 @@ from ..config import SWAAConfig
 from ..errors import ConfigError, did_you_mean
 from ..evaluation.perplexity import beginning
 from ..evaluation.texts import read as read_text
-from ..files import write_atomically
-from . import asked, checkpoint
+from ..files import refuse_file, write_atomically
+from . import checkpoint
 from . import tokens as token_counts
 
 METHODS = ("lazy", "sensitivity", "greedy")
@@ -88,7 +88,7 @@ def layers(
             f"{sinks} show, or every layer sees everything"
         )
     if out is not None:
-        asked.folder("--out", out)
+        refuse_file(out, f"--out {out}: it")
         out.mkdir(parents=True, exist_ok=True)  # what cannot be written shows before the minutes of measuring
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     count = loaded.config.get_text_config().num_hidden_layers

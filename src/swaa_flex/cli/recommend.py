@@ -22,7 +22,7 @@ from ..errors import ConfigError, did_you_mean
 from ..evaluation import texts
 from ..evaluation.prompts import thinks_always
 from ..evaluation.runner import evaluate
-from ..files import write_atomically
+from ..files import refuse_file, write_atomically
 from . import asked, checkpoint, tokens
 
 TIMES = ("auto", "measured", "estimated")
@@ -101,7 +101,7 @@ def recommend(
     measured_on = None if length is None else tokens.read("--length", length)
     given = None if windows is None else [tokens.read("--windows", window) for window in asked.names(windows)]
     chosen_tasks = asked.tasks(tasks, {"text": text})
-    asked.folder("--out", out)
+    refuse_file(out, f"--out {out}: it")
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     on_gpu = loaded.device.type == "cuda"
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 1 << 17

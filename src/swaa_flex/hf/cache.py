@@ -342,10 +342,11 @@ class SWAACache(Cache):
         if self.max_length is None or torch.compiler.is_compiling():
             return
         seen: Any = layer.get_seq_length() if key_states.device.type == "cpu" else 0
-        if int(seen) + key_states.shape[-2] > self.max_length:
+        tokens = int(seen) + key_states.shape[-2]
+        if tokens > self.max_length:
             raise ConfigError(
                 f"the cache was made for max_length={self.max_length} tokens per sequence and is given number "
-                f"{int(seen) + key_states.shape[-2]}; make a longer one, or one that grows: SWAACache(config)"
+                f"{tokens}; make a longer one, or one that grows: SWAACache(config)"
             )
 
     def _check_shape(self, layer: CacheLayerMixin, key_states: Tensor, layer_idx: int) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from ..algebra import holds_integers
 from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from .cache import CACHE, SWAACache
 from .config import swaa_of
@@ -298,7 +299,7 @@ class CompiledModel:
 
     def _check_ids(self, row: Tensor, number: int) -> None:
         """Refuses what are no token ids; on a GPU, reading their values would make the host wait."""
-        if row.is_floating_point() or row.dtype == torch.bool:
+        if not holds_integers(row):
             raise ConfigError(f"sequence {number}: expected integers, token ids, got {row.dtype}")
         vocabulary = self.model.get_input_embeddings().num_embeddings
         if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
@@ -431,7 +432,7 @@ def _as_ids(row: Any, number: int) -> Tensor:
 
 def _check_chosen(tokens: Any, rows: int, where: str) -> None:
     """Refuses what is not one token id for each sequence."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if not holds_integers(tokens):
         got = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise ConfigError(f"{where}: expected a tensor of token ids, [sequences], got {got}")
     if tokens.numel() != rows:

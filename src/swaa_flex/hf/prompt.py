@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..algebra import describe
+from ..algebra import describe, holds_integers, is_whole
 from ..errors import MaskError
 
 
@@ -118,7 +118,7 @@ def _checked(
         if len(set(numbers)) == 1:
             return numbers[0], None  # known without reading a tensor, so the plan can be split there
         lengths = torch.tensor(numbers)
-    if lengths.dim() > 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
+    if not holds_integers(lengths, 0, 1):
         raise MaskError(f"prompt lengths: expected ints [batch], got {lengths.dtype} of shape {list(lengths.shape)}")
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
         raise MaskError(f"prompt lengths: expected numbers of tokens, got {lengths.tolist()}")
@@ -126,6 +126,6 @@ def _checked(
 
 
 def _whole(length: Any) -> int:
-    if isinstance(length, bool) or not hasattr(length, "__index__") or length < 0:
+    if isinstance(length, bool) or not is_whole(length) or length < 0:
         raise MaskError(f"prompt lengths: expected numbers of tokens, got {length!r}")
     return length if isinstance(length, int) else operator.index(length)

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from .. import recipes
 from ..config import SWAAConfig
 from ..errors import ConfigError
-from ..files import write_atomically
+from ..files import refuse_file, write_atomically
 from ..hf.adapt import adapt
 from ..hf.config import swaa_of
 
@@ -97,12 +97,6 @@ def merge(tuned: PeftModel, folder: str | Path, dtype: torch.dtype | None = None
         merged = merged.to(dtype)  # type: ignore[arg-type]
     merged.save_pretrained(folder)
     return merged
-
-
-def refuse_file(folder: str | Path, called: str = "") -> None:
-    """Refuses to write where a file lies, of which transformers only logs."""
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise ConfigError(f"{called or folder} is a file; expected a folder, existing or new")
 
 
 def save_swaa(config: PreTrainedConfig, folder: Path) -> None:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import ConfigError, did_you_mean
-from ..files import write_atomically
+from ..files import refuse_file, write_atomically
 from ..hf.adapt import full_attention
 from ..hf.config import swaa_of
 from ..hf.labels import refuse_dropped_keywords
-from .adapters import ADAPTER, load_adapter, peft, refuse_adapter, refuse_file, save_swaa
+from .adapters import ADAPTER, load_adapter, peft, refuse_adapter, save_swaa
 from .data import Collator, Example
 from .identity import hashed, identity
 
