@@ -93,9 +93,11 @@ def main() -> None:
     for context in config.contexts:  # compiled for one length of prompt and cache
         others.append(Job(dataclasses.replace(config, contexts=(context,)), "sdpa compiled", "full"))
     if given.long:
-        longer = dataclasses.replace(config, contexts=(1 << 19,))
+        longest = max(config.contexts)
+        longer = dataclasses.replace(config, contexts=(4 * longest,))
         others += [Job(longer, "swaa_flex compiled", recipe) for recipe in ("1/4 full", "all SWA")]
-        million = dataclasses.replace(config, contexts=(1 << 20,), shape=SMALL)
+        shape = config.shape if given.quick else SMALL
+        million = dataclasses.replace(config, contexts=(8 * longest,), shape=shape)
         others.append(Job(million, "swaa_flex compiled, 0.6B", "all SWA"))
     # What jobs take only while they are measured: a whole prompt at once, stock's mask of 32 GiB.
     for jobs, headroom in ((main, 28), (batches, 8), (others, 40)):
