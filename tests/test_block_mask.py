@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import BATCH, HEADS, compositions
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import swaa_flex
 from swaa_flex import MaskError, build_block_mask
-from swaa_flex.block_mask import laid_out_on, layout, row_block_bounds
+from swaa_flex.block_mask import SERIAL, bounded_on, layout, row_block_bounds
 from swaa_flex.masks import causal, from_mask_mod, heads, offset, packed, rows_from, sinks, window
 
 
@@ -179,11 +180,42 @@ def test_building_traces_into_one_graph_for_all_lengths():
     assert len(graphs) <= 2
 
 
-def test_masks_without_tensors_are_laid_out_on_the_cpu():
+def test_masks_without_tensors_are_bounded_on_the_cpu():
     cuda, near = torch.device("cuda"), causal() & (window(5) | sinks(2))
-    assert laid_out_on(near, cuda).type == "cpu"
-    assert laid_out_on(near & from_mask_mod(lambda b, h, q, kv: q > kv), cuda).type == "cpu"
-    assert laid_out_on(near, cuda, needs_grad=True) == cuda  # whose lists take all pairs of blocks
-    assert laid_out_on(offset(near, q=torch.tensor(3)), cuda) == cuda
-    assert laid_out_on(packed(near, document_ids=torch.zeros(9, dtype=torch.long)), cuda) == cuda
-    assert laid_out_on(near, torch.device("cpu")).type == "cpu"
+    assert bounded_on(near, cuda).type == "cpu"
+    assert bounded_on(near & from_mask_mod(lambda b, h, q, kv: q > kv), cuda).type == "cpu"
+    assert bounded_on(near, cuda, needs_grad=True) == cuda  # whose lists take all pairs of blocks
+    assert bounded_on(offset(near, q=torch.tensor(3)), cuda) == cuda
+    assert bounded_on(packed(near, document_ids=torch.zeros(9, dtype=torch.long)), cuda) == cuda
+    assert bounded_on(near, torch.device("cpu")).type == "cpu"
+
+
+@pytest.mark.parametrize("mask", [causal() & (window(300) | sinks(5)), causal() & ~causal()])
+def test_lists_on_another_device_than_their_bounds_are_the_same(mask):
+    bounds = row_block_bounds(mask, 1000, 1000, 128, "cpu")
+    here = layout(mask, bounds, 1000, 1000, device="cpu")
+    there = layout(mask, bounds, 1000, 1000, device="cpu:0", bounds_device="cpu")  # another one by its name
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+        assert torch.equal(getattr(there, name), getattr(here, name))
+
+
+class LargestOnTheCPU(TorchDispatchMode):
+    """Notes the size of the largest tensor that is computed there."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.device.type == "cpu":
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+def test_no_list_is_written_on_the_cpu_for_another_device():
+    mask, length = causal() & (window(2048) | sinks(128)), 1 << 20
+    bounds = row_block_bounds(mask, length, length, 128, "cpu")
+    with LargestOnTheCPU() as largest:
+        built = layout(mask, bounds, length, length, device="meta", bounds_device="cpu")
+    assert built.kv_indices.device.type == "meta"
+    assert built.kv_indices.numel() > 1 << 17
+    assert largest.numbers <= SERIAL

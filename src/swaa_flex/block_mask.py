@@ -1,8 +1,9 @@
 """From a `Mask` to the block lists FlexAttention runs on, without looking at query-key pairs.
 
 Everything here is tensor arithmetic on `[batch, heads, row_blocks]` and on the lists themselves. Shapes follow
-from Python integers, so it neither waits for the device nor breaks a `torch.compile` graph. Masks that hold no
-tensors are laid out on the CPU and copied: the two hundred small operations take less time there than their launches.
+from Python integers, so it neither waits for the device nor breaks a `torch.compile` graph. Of masks that hold no
+tensors a GPU only writes the lists: which blocks they hold, two hundred operations on a number per row block, is
+worked out on the CPU in less time than the launches would take.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from .masks import LARGEST, offset
 
 BLOCK_SIZE = 128
 """Rows and keys per block, FlexAttention's default sparse block size."""
+
+SERIAL = 1 << 15
+"""Numbers up to which the CPU computes an operation in one thread (PyTorch's grain size)."""
 
 BlockSize = int | tuple[int, int]
 """Rows and keys per block, or one number for both."""
@@ -72,29 +76,19 @@ def build_block_mask(
         raise MaskError(f"block_size={block_size!r}: expected at least 1 row and key per block, one number or both")
     shifted = offset(checked("mask", mask), q=q_offset)
     check_sizes(shifted, q_len, kv_len, batch, heads)
-    here = laid_out_on(shifted, torch.device(device))
+    here = bounded_on(shifted, torch.device(device))
     bounds = row_block_bounds(shifted, q_len, kv_len, sides[0], here)
-    return moved(layout(shifted, bounds, q_len, kv_len, device=here, block_size=sides), device)
+    return layout(shifted, bounds, q_len, kv_len, device=device, bounds_device=here, block_size=sides)
 
 
-def laid_out_on(mask: Mask, device: torch.device, needs_grad: bool = False) -> torch.device:
-    """Where to lay out a mask for a device: the CPU if that has all it takes.
+def bounded_on(mask: Mask, device: torch.device, needs_grad: bool = False) -> torch.device:
+    """Where to work out the bounds of a mask for a device: the CPU if that has all it takes.
 
     Not with the query-side lists of the backward pass, which are worked out at the size of all pairs of blocks.
     """
     if device.type != "cuda" or needs_grad or torch.compiler.is_compiling() or has_tensor(mask):
         return device
     return torch.device("cpu")
-
-
-def moved(block_mask: BlockMask, device: torch.device | str) -> BlockMask:
-    """The block mask with its lists on a device, copied there without waiting for it."""
-    if torch.device(device).type == "cuda" and block_mask.kv_indices.device.type == "cpu":
-        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
-            listed = getattr(block_mask, name)
-            if listed is not None:
-                setattr(block_mask, name, listed.pin_memory().to(device, non_blocking=True))
-    return block_mask
 
 
 def layout(
@@ -104,6 +98,7 @@ def layout(
     kv_len: int,
     *,
     device: torch.device | str,
+    bounds_device: torch.device | str | None = None,
     block_size: BlockSize = BLOCK_SIZE,
     full_width: bool = False,
     separate_full: bool = True,
@@ -116,14 +111,20 @@ def layout(
         bounds: its `row_block_bounds`, for the same number of rows per block.
         q_len: number of query rows.
         kv_len: number of keys.
-        device: where the bounds are.
+        device: where the lists are wanted.
+        bounds_device: where the bounds are, None if there too.
         block_size: rows and keys per block, one number or both.
         full_width: lists as wide as there are kv blocks.
         separate_full: list full blocks apart; otherwise all blocks are partial and there is no full list.
         needs_grad: add the query-side lists of the backward pass (row blocks x kv blocks of int32, twice).
     """
     q_block, kv_block = _sides(block_size)
-    partial, full = _ranges(bounds, q_len, kv_len, q_block, kv_block, device, separate_full)
+    device = torch.device(device)
+    here = device if bounds_device is None else torch.device(bounds_device)
+    partial, full = _ranges(bounds, q_len, kv_len, q_block, kv_block, here, separate_full)
+    if here != device:
+        # The lists are longer than SERIAL, and a busy CPU waits 0.1 s and more for all its threads to come together.
+        partial, full = _moved([partial, full], device)
     row_blocks, kv_blocks = -(-q_len // q_block), -(-kv_len // kv_block)
     width = kv_blocks if full_width else list_width(bounds, kv_len, kv_block)
     shape = _common_shape([end for ends in (*partial, *full) for end in ends], row_blocks)
@@ -226,6 +227,22 @@ def _ranges(
             first, last = (start + kv_block - 1) // kv_block, stop // kv_block
             full.append((first, torch.where(complete, torch.maximum(first, last), first)))
     return _subtract(touched, full), full
+
+
+def _moved(lists: list[list[Range]], device: torch.device) -> list[list[Range]]:
+    """Ranges on a device, in as few copies as are small; nothing waits for them."""
+    ends = [end for ranges in lists for pair in ranges for end in pair]
+    if not ends:
+        return lists
+    ends = torch.broadcast_tensors(*ends)
+    several = max(1, SERIAL // ends[0].numel())
+    there: list[Tensor] = []
+    for at in range(0, len(ends), several):
+        together = torch.stack(ends[at : at + several])
+        together = together.pin_memory() if device.type == "cuda" else together
+        there += together.to(device, non_blocking=True).unbind()
+    arrived = iter(there)
+    return [[(next(arrived), next(arrived)) for _ in ranges] for ranges in lists]
 
 
 def _blocks_until(start: Tensor, stop: Tensor, kv_block: int) -> Tensor:

@@ -22,7 +22,7 @@ from .algebra import (
     with_tensors,
     with_tensors_in_memory,
 )
-from .block_mask import BLOCK_SIZE, check_sizes, laid_out_on, layout, list_width, moved, row_block_bounds
+from .block_mask import BLOCK_SIZE, bounded_on, check_sizes, layout, list_width, row_block_bounds
 from .intervals import Bounds
 from .masks import causal, offset
 
@@ -101,8 +101,8 @@ def plan(
         q_offset: added to query indices, an int or a 0-d integer tensor.
         needs_grad: whether the backward pass will run.
         head_dim: of the query, if known: flash has blocks of another shape for small ones.
-        twin: a mask that sees the same as `mask` at `q_offset`, with its tensors on the CPU: what the host knows, it
-            lays out sooner than a GPU can be told to.
+        twin: a mask that sees the same as `mask` at `q_offset`, with its tensors on the CPU: which blocks its rows
+            see, the host works out sooner than a GPU can be told to.
 
     Returns:
         The plan.
@@ -131,7 +131,7 @@ def plan(
     # Where no list would become shorter, one call is better; but a compiled graph keeps the stretches, whose masks
     # hold no symbolic row numbers: capturing those fails in torch 2.11's lowering of flex_attention.
     if len(parts) > 1 and not torch.compiler.is_compiling():
-        here = laid_out_on(local, device)
+        here = bounded_on(local, device)
         widths = {list_width(_bounds(*part, q_offset, kv_len, BLOCK_SIZE, here), kv_len) for part in parts}
         if len(widths) == 1:
             parts = [(0, q_len, mask)]
@@ -203,7 +203,7 @@ def _flex_segment(
     if not isinstance(shift, Tensor) and not torch.compiler.is_compiling():
         is_causal_end = mask == causal() and shift + q_len == kv_len
     local = offset(mask, q=shift)
-    here = laid_out_on(local, device, needs_grad) if twin is None else torch.device("cpu")
+    here = bounded_on(local, device, needs_grad) if twin is None else torch.device("cpu")
     if backend == "flash":
         # FLASH has no split over keys, which few rows need.
         readable = None if q_len < BLOCK_SIZE else _for_flash(local, shift, batch, device)
@@ -225,7 +225,8 @@ def _flex_segment(
         bounds,
         q_len,
         kv_len,
-        device=here,
+        device=device,
+        bounds_device=here,
         block_size=(q_block, BLOCK_SIZE),
         # The compiled CPU kernel insists on kv_len <= list width * block (torch 2.11 to 2.13, flex_cpu.py).
         full_width=backend == "cpp",
@@ -233,7 +234,6 @@ def _flex_segment(
         separate_full=backend != "triton" or q_len >= BLOCK_SIZE or needs_grad,
         needs_grad=needs_grad,
     )
-    block_mask = moved(block_mask, device)
     if backend == "cpp" and not torch.compiler.is_compiling():
         # Symbolic integers in a mask_mod can break the compiled CPU kernel: inductor substitutes its own names in the
         # C++ text, and "ks2" also matches in "ks27" (torch 2.11 to 2.13, codegen/cpp_flex_attention_template.py).
