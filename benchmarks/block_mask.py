@@ -98,10 +98,10 @@ def measure(method: str, length: int, config: Config) -> Result:
         function = create_block_mask
         if method == "create_block_mask compiled":  # for one length, which is its fastest
             function = torch.compile(runner.own(create_block_mask), dynamic=False)
-        near, first = config.sliding_window, config.sink_tokens
+        near, sink_tokens = config.sliding_window, config.sink_tokens
 
         def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return (q >= kv) & ((q - kv < near) | (kv < first))
+            return (q >= kv) & ((q - kv < near) | (kv < sink_tokens))
 
         if method == "create_block_mask compiled" and device == "cpu" and length > 1 << 17:
             return Result(method, length, None, None, None, None, note="not run: minutes")
