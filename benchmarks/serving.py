@@ -312,8 +312,9 @@ def plot(data: dict[str, Any], path: Path) -> None:
     results = [Result(**r) for r in data["results"]]
     cases = sorted({same(r) for r in results})
     names = list(dict.fromkeys(r.recipe for r in results))
-    figure, axes = plt.subplots(1, len(cases), figsize=(4 * len(cases), 3.2), sharey=True, layout="constrained")
-    for axis, case in zip(axes, cases, strict=True):
+    shape = {"figsize": (4 * len(cases), 3.2), "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(cases), sharey=True, squeeze=False, **shape)
+    for axis, case in zip(axes[0], cases, strict=True):
         rates = [next((r.tokens_per_s or 0 for r in results if (same(r), r.recipe) == (case, n)), 0) for n in names]
         axis.barh(names, rates)
         for name in names:
@@ -321,7 +322,7 @@ def plot(data: dict[str, Any], path: Path) -> None:
                 axis.text(0, name, " not run", va="center", size=8)
         axis.set(title=f"{case[0]:,} tokens x {case[1]}", xlabel="tokens/s of answers")
         axis.grid(alpha=0.3, axis="x")
-    axes[0].invert_yaxis()
+    axes[0, 0].invert_yaxis()
     figure.suptitle(
         f"{runner.card(data)}, vLLM {data['vllm']}: Qwen3-4B shape, {data['config']['new_tokens']} tokens out"
     )

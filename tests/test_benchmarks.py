@@ -140,3 +140,13 @@ def test_a_missing_matplotlib_does_not_cost_the_results(start, capsys):
     said = capsys.readouterr().out.splitlines()
     assert any("no plot (No module named 'matplotlib')" in line for line in said)
     assert json.loads(said[-1])["results"] == json.loads(json.dumps([replace(report.results[0]).__dict__]))
+
+
+def test_one_case_of_serving_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    import serving
+
+    data = json.loads((Path(__file__).parents[1] / "docs/benchmarks/serving_cuda.json").read_text())
+    one = [r for r in data["results"] if (r["context"], r["concurrent"]) == (131072, 16)]
+    serving.plot(data | {"results": one}, tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 0
