@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import swaa_flex
 from swaa_flex import MaskError, build_block_mask
-from swaa_flex.block_mask import SERIAL, bounded_on, layout, row_block_bounds
+from swaa_flex.block_mask import SERIAL, _moved, bounded_on, layout, row_block_bounds
 from swaa_flex.masks import causal, from_mask_mod, heads, offset, packed, rows_from, sinks, window
 
 
@@ -190,13 +190,13 @@ def test_masks_without_tensors_are_bounded_on_the_cpu():
     assert bounded_on(near, torch.device("cpu")).type == "cpu"
 
 
-@pytest.mark.parametrize("mask", [causal() & (window(300) | sinks(5)), causal() & ~causal()])
-def test_lists_on_another_device_than_their_bounds_are_the_same(mask):
-    bounds = row_block_bounds(mask, 1000, 1000, 128, "cpu")
-    here = layout(mask, bounds, 1000, 1000, device="cpu")
-    there = layout(mask, bounds, 1000, 1000, device="cpu:0", bounds_device="cpu")  # another one by its name
-    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
-        assert torch.equal(getattr(there, name), getattr(here, name))
+@pytest.mark.parametrize("size", [5, SERIAL // 2, SERIAL + 1])
+def test_what_is_moved_together_arrives_in_order(size):
+    numbers = [torch.arange(size) + i for i in range(3)]
+    moved = _moved([torch.zeros(2, 1, 1, dtype=torch.long), *numbers], torch.device("cpu"))
+    assert [tuple(x.shape) for x in moved] == [(2, 1, size)] * 4
+    assert not moved[0].any()
+    assert all(torch.equal(x[1, 0], number) for x, number in zip(moved[1:], numbers, strict=True))
 
 
 class LargestOnTheCPU(TorchDispatchMode):

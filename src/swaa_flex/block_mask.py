@@ -122,18 +122,15 @@ def layout(
     device = torch.device(device)
     here = device if bounds_device is None else torch.device(bounds_device)
     partial, full = _ranges(bounds, q_len, kv_len, q_block, kv_block, here, separate_full)
-    if here != device:
-        # The lists are longer than SERIAL, and a busy CPU waits 0.1 s and more for all its threads to come together.
-        partial, full = _moved([partial, full], device)
     row_blocks, kv_blocks = -(-q_len // q_block), -(-kv_len // kv_block)
     width = kv_blocks if full_width else list_width(bounds, kv_len, kv_block)
     shape = _common_shape([end for ends in (*partial, *full) for end in ends], row_blocks)
-    like = torch.zeros(shape, dtype=torch.int32, device=device)
+    like = torch.zeros(shape, dtype=torch.int32, device=here)
     # Both lists must be equally wide: kernels address the full one with the strides of the partial one
     # (torch 2.11 forward and backward, the decode kernel of every version).
     lists: dict[str, Tensor] = {}
     for prefix, ranges in (("", partial), ("full_", full)) if separate_full else (("", partial),):
-        lists[f"{prefix}kv_num_blocks"], lists[f"{prefix}kv_indices"] = _listed(ranges, width, like)
+        lists[f"{prefix}kv_num_blocks"], lists[f"{prefix}kv_indices"] = _listed(ranges, width, like, device)
         if needs_grad:
             lists[f"{prefix}q_num_blocks"], lists[f"{prefix}q_indices"] = _transposed(ranges, kv_blocks, like)
     return BlockMask(
@@ -229,22 +226,6 @@ def _ranges(
     return _subtract(touched, full), full
 
 
-def _moved(lists: list[list[Range]], device: torch.device) -> list[list[Range]]:
-    """Ranges on a device, in as few copies as are small; nothing waits for them."""
-    ends = [end for ranges in lists for pair in ranges for end in pair]
-    if not ends:
-        return lists
-    ends = torch.broadcast_tensors(*ends)
-    several = max(1, SERIAL // ends[0].numel())
-    there: list[Tensor] = []
-    for at in range(0, len(ends), several):
-        together = torch.stack(ends[at : at + several])
-        together = together.pin_memory() if device.type == "cuda" else together
-        there += together.to(device, non_blocking=True).unbind()
-    arrived = iter(there)
-    return [[(next(arrived), next(arrived)) for _ in ranges] for ranges in lists]
-
-
 def _blocks_until(start: Tensor, stop: Tensor, kv_block: int) -> Tensor:
     """One past the last block of `[start, stop)`, the block of `start` itself if that is empty."""
     return torch.where(stop > start, (stop + kv_block - 1) // kv_block, start // kv_block)
@@ -306,16 +287,34 @@ def _subtract(ranges: list[Range], holes: list[Range]) -> list[Range]:
     return pieces
 
 
-def _listed(ranges: list[Range], width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _listed(ranges: list[Range], width: int, like: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Number of blocks `[..., row_blocks]` and their indices `[..., row_blocks, width]`, ascending, int32."""
-    slot = torch.arange(width, dtype=torch.int32, device=like.device)
     count = torch.zeros_like(like)
-    shift = torch.zeros_like(like)[..., None]  # from a slot to its block
+    ends = []
     for start, stop in ranges:
-        shift = torch.where(slot >= count[..., None], (start - count)[..., None], shift)
+        ends += [count, start - count]  # its first slot, and from a slot to its block
         count = count + (stop - start)
+    if like.device.type != device.type:
+        # A list is longer than SERIAL, and a busy CPU waits 0.1 s and more for all its threads to come together.
+        count, *ends = _moved([count, *ends], device)
+    slot = torch.arange(width, dtype=torch.int32, device=device)
+    shift = torch.zeros_like(count)[..., None]
+    for first, own in zip(ends[::2], ends[1::2], strict=True):
+        shift = torch.where(slot >= first[..., None], own[..., None], shift)
     indices = torch.where(slot < count[..., None], slot + shift, 0)
     return _laid_out(count), _laid_out(indices)
+
+
+def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors that broadcast to one shape, on a device: in as few copies as are small; nothing waits for them."""
+    tensors = list(torch.broadcast_tensors(*tensors))
+    several = max(1, SERIAL // tensors[0].numel())
+    moved: list[Tensor] = []
+    for at in range(0, len(tensors), several):
+        together = torch.stack(tensors[at : at + several])
+        together = together.pin_memory() if device.type == "cuda" else together
+        moved += together.to(device, non_blocking=True).unbind()
+    return moved
 
 
 def _transposed(ranges: list[Range], kv_blocks: int, like: Tensor) -> tuple[Tensor, Tensor]:
