@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import swaa_flex
 from swaa_flex import MaskError, build_block_mask
-from swaa_flex.block_mask import SERIAL, _moved, bounded_on, layout, row_block_bounds
+from swaa_flex.block_mask import SERIAL, _listed, _moved, _ranges, bounded_on, layout, list_width, row_block_bounds
 from swaa_flex.masks import causal, from_mask_mod, heads, offset, packed, rows_from, sinks, window
 
 
@@ -193,10 +193,19 @@ def test_masks_without_tensors_are_bounded_on_the_cpu():
 @pytest.mark.parametrize("size", [5, SERIAL // 2, SERIAL + 1])
 def test_what_is_moved_together_arrives_in_order(size):
     numbers = [torch.arange(size) + i for i in range(3)]
-    moved = _moved([torch.zeros(2, 1, 1, dtype=torch.long), *numbers], torch.device("cpu"))
-    assert [tuple(x.shape) for x in moved] == [(2, 1, size)] * 4
-    assert not moved[0].any()
-    assert all(torch.equal(x[1, 0], number) for x, number in zip(moved[1:], numbers, strict=True))
+    moved = _moved(numbers, torch.device("cpu"))
+    assert all(torch.equal(x, number) for x, number in zip(moved, numbers, strict=True))
+
+
+@settings(deadline=None)
+@given(compositions(300), st.integers(1, 300), st.integers(1, 300))
+def test_lists_that_are_written_elsewhere_are_the_same(mask, q_len, kv_len):
+    bounds = row_block_bounds(mask, q_len, kv_len, 16, "cpu")
+    for ranges in _ranges(bounds, q_len, kv_len, 16, 16, "cpu", True):
+        like = torch.zeros(BATCH, HEADS, -(-q_len // 16), dtype=torch.int32)
+        here, moved = (_listed(ranges, list_width(bounds, kv_len, 16), like, to) for to in (None, torch.device("cpu")))
+        assert all(torch.equal(a, b) for a, b in zip(here, moved, strict=True))
+        assert not moved[0]._is_view()
 
 
 class LargestOnTheCPU(TorchDispatchMode):
@@ -213,9 +222,11 @@ class LargestOnTheCPU(TorchDispatchMode):
 
 def test_no_list_is_written_on_the_cpu_for_another_device():
     mask, length = causal() & (window(2048) | sinks(128)), 1 << 20
-    bounds = row_block_bounds(mask, length, length, 128, "cpu")
     with LargestOnTheCPU() as largest:
+        bounds = row_block_bounds(mask, length, length, 128, "cpu")
         built = layout(mask, bounds, length, length, device="meta", bounds_device="cpu")
     assert built.kv_indices.device.type == "meta"
     assert built.kv_indices.numel() > 1 << 17
     assert largest.numbers <= SERIAL
+    with pytest.raises(MaskError, match="bounds on cpu, lists on meta: expected both there"):
+        layout(mask, bounds, length, length, device="meta", bounds_device="cpu", needs_grad=True)

@@ -296,6 +296,18 @@ def test_building_and_planning_do_not_synchronise():
         for mask in masks:
             swaa_flex.plan(mask, LENGTH, LENGTH, batch=2, heads=4, device="cuda", backend="triton", needs_grad=True)
             swaa_flex.plan(mask, 1, LENGTH, batch=2, heads=4, device="cuda", backend="triton", q_offset=offset)
+        swaa_flex.plan(causal() & window(200), LENGTH, LENGTH, device="cuda", backend="triton")
+
+
+def test_lists_of_a_twin_are_those_of_the_mask():
+    lengths = torch.tensor([900, 1100])
+    mask, twin = (causal() & (window(200) | sinks(5) | rows_from(x)) for x in (lengths.cuda(), lengths))
+    sizes = {"batch": 2, "heads": 4, "device": "cuda", "backend": "triton"}
+    with no_synchronisation():
+        twins = swaa_flex.plan(mask, 1200, 1200, twin=twin, **sizes).segments
+    for ours, its in zip(swaa_flex.plan(mask, 1200, 1200, **sizes).segments, twins, strict=True):
+        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
+            assert torch.equal(getattr(ours.block_mask, name), getattr(its.block_mask, name))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

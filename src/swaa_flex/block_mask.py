@@ -2,8 +2,8 @@
 
 Everything here is tensor arithmetic on `[batch, heads, row_blocks]` and on the lists themselves. Shapes follow
 from Python integers, so it neither waits for the device nor breaks a `torch.compile` graph. Of masks that hold no
-tensors a GPU only writes the lists: which blocks they hold, two hundred operations on a number per row block, is
-worked out on the CPU in less time than the launches would take.
+tensors a GPU only writes the lists of the forward pass: which blocks they hold, a hundred operations on a number per
+row block, is worked out on the CPU in less time than the launches would take.
 """
 
 from __future__ import annotations
@@ -121,6 +121,9 @@ def layout(
     q_block, kv_block = _sides(block_size)
     device = torch.device(device)
     here = device if bounds_device is None else torch.device(bounds_device)
+    elsewhere = None if here.type == device.type else device
+    if elsewhere is not None and needs_grad:
+        raise MaskError(f"bounds on {here}, lists on {device}: expected both there for the lists of the backward pass")
     partial, full = _ranges(bounds, q_len, kv_len, q_block, kv_block, here, separate_full)
     row_blocks, kv_blocks = -(-q_len // q_block), -(-kv_len // kv_block)
     width = kv_blocks if full_width else list_width(bounds, kv_len, kv_block)
@@ -130,7 +133,7 @@ def layout(
     # (torch 2.11 forward and backward, the decode kernel of every version).
     lists: dict[str, Tensor] = {}
     for prefix, ranges in (("", partial), ("full_", full)) if separate_full else (("", partial),):
-        lists[f"{prefix}kv_num_blocks"], lists[f"{prefix}kv_indices"] = _listed(ranges, width, like, device)
+        lists[f"{prefix}kv_num_blocks"], lists[f"{prefix}kv_indices"] = _listed(ranges, width, like, elsewhere)
         if needs_grad:
             lists[f"{prefix}q_num_blocks"], lists[f"{prefix}q_indices"] = _transposed(ranges, kv_blocks, like)
     return BlockMask(
@@ -287,17 +290,23 @@ def _subtract(ranges: list[Range], holes: list[Range]) -> list[Range]:
     return pieces
 
 
-def _listed(ranges: list[Range], width: int, like: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Number of blocks `[..., row_blocks]` and their indices `[..., row_blocks, width]`, ascending, int32."""
+def _listed(
+    ranges: list[Range], width: int, like: Tensor, elsewhere: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Number of blocks `[..., row_blocks]` and their indices `[..., row_blocks, width]`, ascending, int32.
+
+    On the device of the ranges, or written `elsewhere`: a list is longer than SERIAL, and a busy CPU waits long for
+    all its threads to come together.
+    """
     count = torch.zeros_like(like)
     ends = []
     for start, stop in ranges:
         ends += [count, start - count]  # its first slot, and from a slot to its block
         count = count + (stop - start)
-    if like.device.type != device.type:
-        # A list is longer than SERIAL, and a busy CPU waits 0.1 s and more for all its threads to come together.
-        count, *ends = _moved([count, *ends], device)
-    slot = torch.arange(width, dtype=torch.int32, device=device)
+    if elsewhere is not None:
+        count, *ends = _moved([count, *ends], elsewhere)
+        count = count.clone()  # of a view torch.compile notices what it is a view of, and would compile again
+    slot = torch.arange(width, dtype=torch.int32, device=count.device)
     shift = torch.zeros_like(count)[..., None]
     for first, own in zip(ends[::2], ends[1::2], strict=True):
         shift = torch.where(slot >= first[..., None], own[..., None], shift)
@@ -306,8 +315,7 @@ def _listed(ranges: list[Range], width: int, like: Tensor, device: torch.device)
 
 
 def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors that broadcast to one shape, on a device: in as few copies as are small; nothing waits for them."""
-    tensors = list(torch.broadcast_tensors(*tensors))
+    """Tensors of one shape on a device, in as few copies as are small; nothing waits for them."""
     several = max(1, SERIAL // tensors[0].numel())
     moved: list[Tensor] = []
     for at in range(0, len(tensors), several):

@@ -328,8 +328,8 @@ def _kernel_options(query: Tensor, key: Tensor, segment: Segment, is_slice: bool
     # In a compiled graph the batch may vary; FlexAttention then takes its other kernel, or refuses if told not to.
     options: dict[str, Any] = {"BACKEND": "AUTO" if torch.compiler.is_compiling() else "TRITON_DECODE"}
     if query.dtype.itemsize == 2 and query.shape[-1] <= 128:
-        # The defaults of torch 2.11 to 2.13 keep one tile in flight, which leaves a third of the bandwidth unused
-        # (benchmarks/decode_kernel.py).
+        # The defaults of torch 2.11 to 2.13 keep one tile in flight, which leaves a sixth of the bandwidth unused
+        # or more (benchmarks/decode_kernel.py).
         options |= DECODE_OPTIONS
     return options
 

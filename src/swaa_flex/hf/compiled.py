@@ -302,10 +302,11 @@ class CompiledModel:
         if not holds_integers(row):
             raise ConfigError(f"sequence {number}: expected integers, token ids, got {row.dtype}")
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        if row.device.type == "cpu" and not 0 <= int(row.min()) <= int(row.max()) < vocabulary:
-            raise ConfigError(
-                f"sequence {number}: token ids from {int(row.min())} to {int(row.max())}; the model has {vocabulary}"
-            )
+        if row.device.type != "cpu":
+            return
+        low, high = (int(end) for end in row.aminmax())
+        if not 0 <= low <= high < vocabulary:
+            raise ConfigError(f"sequence {number}: token ids from {low} to {high}; the model has {vocabulary}")
 
     def _check_model(self) -> None:
         """Refuses a model that is no longer the one that was compiled."""
