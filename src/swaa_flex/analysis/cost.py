@@ -34,7 +34,7 @@ class Rates:
 
 
 H200 = Rates("NVIDIA H200", matmul=775e12, attention=381e12, bandwidth=4.24e12)
-"""As measured: docs/benchmarks, prefill_kernel_cuda.json (triton, 128 k tokens) and decode_cuda_batch1.json."""
+"""As measured: docs/benchmarks, prefill_kernel_h200_cuda.json (triton, 128 k tokens) and decode_cuda_batch1.json."""
 
 
 @dataclass(frozen=True)
