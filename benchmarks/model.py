@@ -3,8 +3,8 @@
     python benchmarks/model.py [--quick] [--long] [--out docs/benchmarks]
 
 Weights are random: speed does not depend on them. "free" is a window of one key, so nearly no attention: what remains
-is the bound that Amdahl's law sets. The floor of a first token is that of "free", and the attention of each layer as
-fast as it is alone. `--long` adds half a million tokens, and a million on a smaller model.
+is about the bound that Amdahl's law sets. The floor of a first token is that of "free", and the attention of each
+layer as fast as it is alone. `--long` adds half a million tokens, and a million on a smaller model.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ Request = Callable[[int], tuple[float, Callable[[], Any]]]
 
 @dataclass(frozen=True)
 class Batch:
-    """The largest batch whose caches fit, decoded together over caches of random contents."""
+    """As many caches as fit with room to spare, at most 64, decoded together over caches of random contents."""
 
     config: Config
     recipe: str

@@ -45,10 +45,10 @@ def compile(
         model: a model with `attn_implementation="swaa_flex"`.
         max_length: the most tokens of a request, prompt and answer together.
         batch_size: sequences that are decoded together; a request may have fewer.
-        prefill_chunk: tokens of a prompt that are computed at once; a multiple of 128. The host takes milliseconds to
-            plan a chunk and about one to call the attention of each layer, so that short chunks make a GPU wait
-            (benchmarks/model.py). Layers that keep every key have room for one more chunk, for pads: a short one
-            saves memory where max_length is short.
+        prefill_chunk: tokens of a prompt that are computed at once; a multiple of 128. The host has each chunk to plan
+            and the attention of each layer to call, so that short chunks take longer (benchmarks/model.py). Layers
+            that keep every key have room for one more chunk, for pads: a short one saves memory where max_length is
+            short.
         options: of `torch.compile` for the decode step.
         backend: of `torch.compile`; None: "inductor" on a GPU, no compilation on a CPU, where it takes minutes.
 
