@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -389,7 +388,7 @@ def table(results: list[Result]) -> Table:
     for r in results:
         cells = (f"{r.context:,}", str(r.batch), r.method, r.recipe)
         if r.note:
-            view.add_row(*cells, textwrap.shorten(r.note, 80, placeholder=" ..."))
+            view.add_row(*cells, r.note)
             continue
         first = (shown(r.ttft_s, 3), shown(over(r.ttft_s, r.floor_s), 2), shown(sooner(r, results), 2))
         values = (*first, shown(r.ms_per_token, 2), shown(r.peak_gib, 1), shown(r.total_s, 2))
