@@ -3,16 +3,23 @@
 import dataclasses
 import itertools
 import json
+import logging
 import random
-from types import SimpleNamespace
+import sys
+import tomllib
+from importlib.metadata import distribution, entry_points, packages_distributions
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from swaa_flex import ConfigError, SWAAConfig, UnsupportedModelError
 from swaa_flex.hf.config import RECIPE_VARIABLE
+from swaa_flex.vllm import register
 from swaa_flex.vllm.recipe import check_backend, check_layer, recipe_of, rule_at, rules_of
 from swaa_flex.vllm.rows import Rule, attend, cut, cut_decode, have_sliding, in_tail
+from swaa_flex.vllm.unsupported import is_supported
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 8, 16
 WINDOW, SINKS = 24, 5
@@ -267,3 +274,98 @@ def test_layers_with_windows_or_biases_of_their_own():
         check_layer(rule, 101, None)
     with pytest.raises(UnsupportedModelError, match="ALiBi"):
         check_layer(rule, None, [0.5])
+
+
+# --- the plugin -----------------------------------------------------------------------------------------------
+
+REGISTRY = "vllm.v1.attention.backends.registry"
+UNSUPPORTED = ["0.22.1", "0.24.0", "0.26.0rc1", "0.31.0", "0.33.0+cu130", "1.23.0", "dev"]
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Stands in for a version of vLLM, and for a process of it whose plugins have been loaded."""
+    engine_log = logging.getLogger("vllm.v1.engine.core")
+    monkeypatch.setattr(engine_log, "filters", [])
+    monkeypatch.setattr(engine_log, "level", logging.INFO)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    monkeypatch.delenv(RECIPE_VARIABLE, raising=False)
+
+    def install(version):
+        registered = []
+        for name in ("vllm", *(REGISTRY.rsplit(".", n)[0] for n in (3, 2, 1)), REGISTRY):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules["vllm"].__version__ = version
+        sys.modules[REGISTRY].AttentionBackendEnum = SimpleNamespace(CUSTOM="CUSTOM")
+        sys.modules[REGISTRY].register_backend = lambda *what: registered.append(what)
+        register()
+        register()
+        return registered
+
+    return install
+
+
+def start_engine(config):
+    """What every engine of vLLM 0.23 to 0.33 logs first, unless its log is quieter."""
+    logging.getLogger("vllm.v1.engine.core").info(
+        "Initializing a V1 LLM engine (v%s) with config: %s", "0.33.0", config
+    )
+
+
+def lines_of_the_plugin(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "vllm.swaa_flex"]
+
+
+def logits_processors():
+    """Those that the plugin adds to what is installed."""
+    return [point for point in entry_points(group="vllm.logits_processors") if point.dist.name == "swaa-flex-vllm"]
+
+
+def test_the_package_itself_brings_no_logits_processor():
+    """Of the old interface, vLLM 0.31 does not start with one, and 0.24 to 0.30 run another model runner."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert list(project["entry-points"]) == ["vllm.general_plugins"]
+    (pinned,) = project["optional-dependencies"]["vllm"]
+    assert pinned.startswith("vllm>=0.23,<0.24;") and is_supported("0.23.0") and is_supported("0.23.1rc1.dev3+gabc")
+
+
+def test_under_the_supported_version_vllm_finds_backend_and_logits_processor(install):
+    assert set(install("0.23.0")) == {("CUSTOM", "swaa_flex.vllm.backend.Backend")}
+    (point,) = logits_processors()
+    assert point.value == "swaa_flex.vllm.prompts:PromptLengths"
+    # Whatever else asks for the metadata of packages goes on finding it.
+    assert distribution("pytest").name == "pytest" and "pytest" in packages_distributions()
+
+
+@pytest.mark.parametrize("version", UNSUPPORTED)
+def test_another_version_is_left_alone_in_silence(install, caplog, version):
+    caplog.set_level(logging.INFO)
+    assert install(version) == [] and logits_processors() == []
+    for config in (vllm_config(), vllm_config(additional=SimpleNamespace()), SimpleNamespace(), "a name"):
+        start_engine(config)
+    assert len(caplog.records) == 4 and lines_of_the_plugin(caplog) == []
+
+
+@pytest.mark.parametrize("version", UNSUPPORTED)
+@pytest.mark.parametrize("backend", ["CUSTOM", "FLASH_ATTN", None])
+@pytest.mark.parametrize("way", ["--additional-config", "config.json", RECIPE_VARIABLE])
+def test_under_another_version_one_line_says_that_a_recipe_is_not_used(
+    install, caplog, monkeypatch, version, backend, way
+):
+    saved = SWAAConfig(sliding_window=77).to_dict()
+    given = {"--additional-config": {"swaa": "quality"}, "config.json": {"saved": saved}, RECIPE_VARIABLE: {}}
+    if way == RECIPE_VARIABLE:
+        monkeypatch.setenv(RECIPE_VARIABLE, "quality")
+    install(version)
+    caplog.set_level(logging.INFO)
+    start_engine(vllm_config(backend=backend, **given[way]))
+    (line,) = lines_of_the_plugin(caplog)
+    assert way in line and "is not used" in line and "\n" not in line
+    assert "with vLLM 0.23, and" in line and line.endswith(f"this is vLLM {version}")
+
+
+def test_under_the_supported_version_that_line_never_comes(install, caplog):
+    install("0.23.0")
+    caplog.set_level(logging.INFO)
+    start_engine(vllm_config("quality"))
+    assert lines_of_the_plugin(caplog) == []

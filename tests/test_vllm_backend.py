@@ -1,6 +1,8 @@
 """The backend in vLLM's own classes, with the stand-in for FlashAttention of tests/test_vllm.py."""
 
+import logging
 import random
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,15 +10,19 @@ import torch
 from test_vllm import HEAD_DIM, HEADS, KV_HEADS, PAGE, Server, merge, paged_attention, speculative, vllm_config
 
 from swaa_flex import BackendUnavailableError, ConfigError, UnsupportedModelError
+from swaa_flex.vllm import register
 from swaa_flex.vllm.rows import Rule
 
 pytest.importorskip("vllm", reason="needs the package vllm: nox -s tests_vllm")
 flash_attn = pytest.importorskip("vllm.v1.attention.backends.flash_attn")
 
+import vllm  # noqa: E402
 from vllm.platforms.interface import DeviceCapability  # noqa: E402
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends import fa_utils  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.engine.core import EngineCore  # noqa: E402
+from vllm.v1.sample.logits_processor import build_logitsprocs  # noqa: E402
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality  # noqa: E402
 
 
@@ -256,7 +262,7 @@ def test_each_engine_of_a_process_has_its_own_prompt_lengths(backend):
 
 def test_without_its_logits_processor_the_backend_does_not_start(backend):
     names, spec = ["model.layers.0.self_attn.attn"], SimpleNamespace(dtype=torch.float32, block_size=PAGE)
-    with pytest.raises(BackendUnavailableError, match=r"entry point in vllm.logits_processors"):
+    with pytest.raises(BackendUnavailableError, match=r"expected vLLM to load the plugin swaa_flex"):
         backend.MetadataBuilder(spec, names, configured("balanced"), torch.device("cpu"))
     backend.MetadataBuilder(spec, names, configured("full"), torch.device("cpu"))  # needs to know nothing
 
@@ -275,11 +281,36 @@ def test_layers_whose_steps_vllm_changes_are_refused(backend):
 
 
 def test_vllm_finds_the_backend(backend):
-    from swaa_flex.vllm import register
-
     register()
     register()
     assert AttentionBackendEnum.CUSTOM.get_class() is backend.Backend
+
+
+def test_vllm_loads_the_logits_processor(backend, monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    config = configured(RECIPE)
+    register()
+    loaded = build_logitsprocs(config, torch.device("cpu"), False, is_pooling_model=False)
+    assert backend.PromptLengths.of(config) in list(loaded.all)
+
+
+@pytest.mark.parametrize("recipe, lines", [("balanced", 1), (None, 0)])
+def test_an_engine_of_another_version_says_that_a_recipe_is_not_used(monkeypatch, caplog, recipe, lines):
+    class Stop(Exception):
+        """The engine is configured, and would now start its workers."""
+
+    def executor(_):
+        raise Stop
+
+    monkeypatch.setattr(logging.getLogger("vllm.v1.engine.core"), "filters", [])
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    config = vllm_config(recipe)
+    config.parallel_config.data_parallel_rank_local = 0
+    register()
+    with caplog.at_level("INFO", "vllm"), pytest.raises(Stop):
+        EngineCore(config, executor, log_stats=False)
+    assert caplog.text.count("Initializing a V1 LLM engine") == 1
+    assert caplog.text.count("is not used") == lines
 
 
 @pytest.mark.parametrize(

@@ -130,8 +130,8 @@ class MetadataBuilder(FlashAttentionMetadataBuilder):
         untold = config.speculative_config is not None or config.model_config.runner_type == "pooling"
         if self.prompts is None and not untold:
             raise BackendUnavailableError(
-                "the logits processor of swaa_flex, which learns where prompts end, was not loaded; expected its "
-                "entry point in vllm.logits_processors: install the package swaa-flex where vLLM runs"
+                "the logits processor of swaa_flex, which learns where prompts end, was not loaded; expected vLLM to "
+                "load the plugin swaa_flex in each process: install the package swaa-flex on all machines"
             )
         # One token of a prompt in a step of answers would run the graph of such steps, all rows of which are dense.
         graphs = config.compilation_config.cudagraph_mode.has_full_cudagraphs()

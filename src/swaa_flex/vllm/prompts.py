@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class PromptLengths(LogitsProcessor):
     """Changes no logits. It follows which request is in which row of the batch, before each step.
 
-    The entry point in `vllm.logits_processors` makes vLLM load one for each engine, except with speculative decoding
-    and for pooling. So this is also where a recipe is missed that no backend will read.
+    vLLM finds it through `discovery.py` and loads one for each engine, except with speculative decoding and for
+    pooling. So this is also where a recipe is missed that no backend will read.
     """
 
     _of: ClassVar[WeakValueDictionary[int, PromptLengths]] = WeakValueDictionary()

@@ -16,8 +16,9 @@ from .rows import Rule
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+GIVEN, SAVED = '"swaa" in --additional-config', '"swaa" in the config.json of the checkpoint'
 WAYS = (
-    """--additional-config '{"swaa": "balanced"}', "swaa" in the config.json of the checkpoint, """
+    f"""--additional-config '{{"swaa": "balanced"}}', {SAVED}, """
     f"or the variable {RECIPE_VARIABLE}=balanced"
 )
 LOGGER = logging.getLogger("vllm.swaa_flex")  # vLLM prints what its own loggers and those below them are told
@@ -50,9 +51,18 @@ def check_backend(vllm_config: VllmConfig) -> None:
         return
     way_out = "only --attention-backend CUSTOM serves a recipe; add it, or have full attention"
     if _given(vllm_config) is not None:
-        raise ConfigError(f'"swaa" in --additional-config: {way_out} without "swaa"')
+        raise ConfigError(f'{GIVEN}: {way_out} without "swaa"')
     if _saved(vllm_config) is not None:
-        LOGGER.warning('"swaa" in the config.json of the checkpoint is not used: %s as now', way_out)
+        LOGGER.warning("%s is not used: %s as now", SAVED, way_out)
+
+
+def asked_by(vllm_config: VllmConfig) -> str | None:
+    """What asks for a recipe, in words; None if nothing does."""
+    if _given(vllm_config) is not None:
+        return GIVEN
+    if _saved(vllm_config) is not None:
+        return SAVED
+    return RECIPE_VARIABLE if os.environ.get(RECIPE_VARIABLE) else None
 
 
 def _given(vllm_config: VllmConfig) -> Any:
