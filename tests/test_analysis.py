@@ -15,6 +15,7 @@ import swaa_flex
 from swaa_flex import ConfigError, SWAAConfig
 from swaa_flex.analysis import AnswerLoss, LayerChoice, evaluations, greedy, lazy, mass_outside, sensitivity
 from swaa_flex.hf.attention import attention_forward
+from swaa_flex.hf.config import set_recipe
 from swaa_flex.masks import causal, sinks, window
 
 module = importlib.import_module("swaa_flex.analysis.lazy")  # the package has a function of that name
@@ -301,7 +302,7 @@ def fail(model):
 def test_the_model_is_as_it_was(measure, implementation, swaa, model):
     swaa_flex.restore(model)
     model.set_attn_implementation(implementation)
-    model.config.swaa = swaa
+    set_recipe(model.config, swaa)  # without the warning that `eager` does not run it
     model.train()
     model.model.layers[1].eval()
     modes = [part.training for part in model.modules()]

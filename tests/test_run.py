@@ -25,7 +25,8 @@ folder, *others = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="swaa_flex").eval()
 with torch.no_grad():
     model(torch.arange(8)[None])
-seen = {"name": __name__, "file": Path(sys.argv[0]).name, "others": others, "swaa": model.config.swaa}
+seen = {"name": __name__, "file": Path(sys.argv[0]).name, "others": others, "swaa": model.config.swaa,
+        "attention": model.config._attn_implementation}
 Path(f"seen-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(seen))
 sys.exit(7)
 """
@@ -69,6 +70,7 @@ def test_a_program_runs_as_main_with_its_arguments_and_its_exit_code(how, here, 
         "file": "__main__.py" if "package" in how else "program.py",
         "others": others,
         "swaa": recipes.get("naive").to_dict(),
+        "attention": "swaa_flex",
     }
 
 
@@ -86,11 +88,24 @@ def test_a_recipe_is_a_name_a_file_or_json(form, here, model):
 
 def test_a_model_keeps_a_recipe_of_its_own(model, monkeypatch):
     monkeypatch.setenv(RECIPE_VARIABLE, "naive")
-    loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="swaa_flex", swaa=OWN)
+    with pytest.warns(UserWarning, match="SWAA_FLEX_RECIPE='naive' .* is for models without a recipe of their own"):
+        loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="swaa_flex", swaa=OWN)
     assert swaa_of(loaded.config) == OWN
     assert swaa_of(AutoModelForCausalLM.from_pretrained(model, attn_implementation="swaa_flex").config) == recipes.get(
         "naive"
     )
+
+
+@pytest.mark.filterwarnings("ignore:SWAA_FLEX_RECIPE=")
+def test_a_checkpoint_with_a_recipe_runs_it_in_a_program_that_does_not_know_of_it(here, model):
+    merged = here / "merged"
+    AutoModelForCausalLM.from_pretrained(model, swaa=OWN).save_pretrained(merged)
+    (here / "program.py").write_text(PROGRAM.replace('attn_implementation="swaa_flex"', ""))
+    assert run("--swaa", OWN.to_json(), "program.py", merged).exit_code == 7
+    assert seen(here)["swaa"] == OWN.to_dict() and seen(here)["attention"] == "swaa_flex"
+    with pytest.warns(UserWarning, match=r"SWAA_FLEX_RECIPE='full' \(swaa-flex run --swaa\) .* runs it"):
+        run("--swaa", "full", "program.py", merged)
+    assert seen(here)["swaa"] == OWN.to_dict() and seen(here)["attention"] == "swaa_flex"
 
 
 def test_without_a_recipe_it_is_that_of_the_environment_or_the_default(here, model, monkeypatch):
@@ -177,3 +192,23 @@ UNDER_SWAA_FLEX = ("--model_args", "pretrained=m,attn_implementation=swaa_flex")
 )
 def test_lm_evals_own_model_is_recognised_where_it_would_run_under_swaa_flex(arguments, model):
     assert harness_model(arguments) == model
+
+
+@pytest.mark.parametrize(
+    ("model_args", "recognised"),
+    [
+        ("pretrained=plain", False),
+        ("pretrained=nowhere", False),
+        ("pretrained=merged,dtype=float32", True),
+        ('{"dtype": "float32", "pretrained": "merged"}', True),
+        ("pretrained=plain,swaa=fast", True),
+        ('{"pretrained": "plain", "swaa": {"sliding_window": 8}}', True),
+        ("pretrained=merged,attn_implementation=sdpa", False),
+    ],
+)
+def test_lm_evals_own_model_is_recognised_by_its_recipe(model_args, recognised, here, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, more in (("plain", {}), ("merged", {"swaa": OWN.to_dict()})):
+        (here / name).mkdir()
+        (here / name / "config.json").write_text(json.dumps({"model_type": "llama"} | more))
+    assert harness_model(("--model_args", model_args)) == ("hf" if recognised else None)

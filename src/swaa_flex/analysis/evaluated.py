@@ -10,6 +10,7 @@ import torch
 
 from ..hf import NAME
 from ..hf.adapt import adapt, restore
+from ..hf.config import set_recipe
 
 
 @contextmanager
@@ -33,6 +34,6 @@ def evaluated(model: Any) -> Iterator[None]:
     finally:
         if not windowed:
             restore(model)
-        model.config.swaa = before
+        set_recipe(model.config, before)
         for module, training in modes:
             module.training = training

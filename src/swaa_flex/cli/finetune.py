@@ -119,7 +119,8 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model: a plain model, with the recipe in its config.
 
-    AutoModelForCausalLM.from_pretrained(OUT, attn_implementation="swaa_flex") loads it.
+    AutoModelForCausalLM.from_pretrained(OUT) loads it, in a program that imports
+    swaa_flex.
     """
     refuse_file(out)
     if Path(model).exists() and out.resolve() == Path(model).resolve():

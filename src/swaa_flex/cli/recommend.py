@@ -231,6 +231,6 @@ def _print(found: Recommendation, out: Path) -> None:
         kept += f", but chance alone could make {found.chosen.quality.low:.0%} look like that: more --samples tell"
     console.print(Text(f"\n{found.chosen.label}: {kept}.", style="bold"), soft_wrap=True)
     console.print(
-        Text(f'from_pretrained(..., attn_implementation="swaa_flex", swaa=json.load(open("{out / "swaa.json"}")))'),
+        Text(f'from_pretrained(..., swaa=json.load(open("{out / "swaa.json"}")))'),
         soft_wrap=True,
     )

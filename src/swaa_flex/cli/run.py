@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers import PreTrainedConfig
 
 from ..errors import ConfigError
 from ..hf.config import RECIPE_VARIABLE, default_recipe
@@ -26,16 +28,18 @@ def run(
         str | None,
         typer.Option(
             metavar="RECIPE",
-            help="For models that bring none of their own: a recipe's name, or the fields of a SWAAConfig as a "
-            ".json file or as JSON.",
+            help="For models under swaa_flex that bring none of their own: a recipe's name, or the fields of a "
+            "SWAAConfig as a .json file or as JSON.",
         ),
     ] = None,
 ) -> None:
     """Run a Python program that loads models with attn_implementation="swaa_flex".
 
     The name is registered before the program starts, so programs need not know
-    of this library. Options come before PROGRAM; what follows it is the
-    program's. Its exit code and its exceptions are passed on.
+    of this library. A checkpoint with a recipe in its config.json runs that one,
+    without attn_implementation, and a warning says so where --swaa differs.
+    Options come before PROGRAM; what follows it is the program's. Its exit code
+    and its exceptions are passed on.
 
     [bold]Examples[/]
 
@@ -101,5 +105,21 @@ def harness_model(arguments: Sequence[str]) -> str | None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model", "-M", default="hf")
     model: str = parser.parse_known_args(list(arguments))[0].model
-    swaa_flex = any("attn_implementation" in argument and "swaa_flex" in argument for argument in arguments)
+    asked_for = [argument for argument in arguments if "attn_implementation" in argument]
+    swaa_flex = any("swaa_flex" in argument for argument in asked_for) or (
+        not asked_for and any(map(_brings_recipe, arguments))
+    )
     return model if swaa_flex and model in ("hf", "hf-auto", "huggingface") else None
+
+
+def _brings_recipe(model_args: str) -> bool:
+    """Whether lm_eval's --model_args, `key=value,...` or JSON, name a recipe or a checkpoint that has one."""
+    given = dict(re.findall(r"""\b(pretrained|swaa)["']?\s*[=:]\s*["']?([^,"'}]*)""", model_args))
+    if "swaa" in given:
+        return True
+    try:
+        return (
+            "pretrained" in given and PreTrainedConfig.get_config_dict(given["pretrained"])[0].get("swaa") is not None
+        )
+    except (OSError, ValueError):
+        return False  # no such checkpoint, which lm_eval will say

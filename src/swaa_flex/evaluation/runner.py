@@ -38,6 +38,7 @@ from ..errors import ConfigError, DoesNotFitError
 from ..files import write_atomically
 from ..hf import NAME
 from ..hf.adapt import adapt, restore
+from ..hf.config import set_recipe
 from ..tuning.identity import identity
 from . import scoring
 from .questions import Choices, Questions
@@ -298,10 +299,9 @@ def _as_measured(model: Any, stops: list[int]) -> Iterator[None]:
         model.generation_config = generation
         for module, training in modes:
             module.training = training
-        if windowed:
-            model.config.swaa = swaa
-        else:
+        if not windowed:
             restore(model)
+        set_recipe(model.config, swaa)
 
 
 @contextmanager

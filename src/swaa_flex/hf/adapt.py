@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .. import recipes
 from ..config import SWAAConfig
 from ..errors import UnsupportedModelError
-from .config import default_recipe
+from .config import default_recipe, set_recipe
 from .labels import read_labels, read_labels_no_more
 from .native import refuse_without_interface
 
@@ -52,7 +52,7 @@ def adapt(model: ModelT, recipe_or_config: str | SWAAConfig | dict[str, Any] = r
     """
     base = _base(model)
     refuse_without_interface(type(base.config.get_text_config()))
-    base.config.swaa = recipe_or_config
+    set_recipe(base.config, recipe_or_config)
     if base.config._attn_implementation != "swaa_flex":
         setattr(base, _BEFORE, [config._attn_implementation for config in _configs(base)])
     base.set_attn_implementation("swaa_flex")
@@ -63,8 +63,8 @@ def adapt(model: ModelT, recipe_or_config: str | SWAAConfig | dict[str, Any] = r
 def restore(model: ModelT) -> ModelT:
     """Undoes `adapt`: the attention implementation the model had before, and no `config.swaa`.
 
-    A model that was loaded with `attn_implementation="swaa_flex"` had none before and gets "sdpa", the default of
-    transformers, or "eager" where it does not support that.
+    A model that was loaded with `attn_implementation="swaa_flex"`, or with a recipe, had none before and gets "sdpa",
+    the default of transformers, or "eager" where it does not support that.
 
     Args:
         model: a model that `adapt` or `from_pretrained` switched to sliding-window attention.
@@ -98,11 +98,11 @@ def full_attention(config: PreTrainedConfig) -> Iterator[None]:
     """
     before = config.swaa
     parsed = recipes.coerce(default_recipe()) if before is None else before.parsed
-    config.swaa = dataclasses.replace(recipes.get("full"), backend=parsed.backend)
+    set_recipe(config, dataclasses.replace(recipes.get("full"), backend=parsed.backend))
     try:
         yield
     finally:
-        config.swaa = before
+        set_recipe(config, before)
 
 
 def _base(model: Any) -> PreTrainedModel:

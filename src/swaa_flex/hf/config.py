@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import PreTrainedConfig
 
@@ -20,26 +20,79 @@ RECIPE_VARIABLE = "SWAA_FLEX_RECIPE"
 class StoredConfig(dict[str, Any]):
     """A `SWAAConfig` as the plain dict that is written to config.json, with the parsed one at hand.
 
-    torch.compile cannot trace the parsing, hence the attribute; fields that are set are parsed at once.
+    torch.compile cannot trace the parsing, hence the attribute `parsed`. A field that is set is parsed at once. What
+    would not reach the model in this way is refused: to remove a field, or to edit a list in place.
+
+    Attributes:
+        parsed: what the dict says.
+        chose_attention: whether this recipe, and nothing else, is why the config's implementation is "swaa_flex".
     """
 
-    def __init__(self, parsed: SWAAConfig) -> None:
-        super().__init__(parsed.to_dict())
-        self.parsed = parsed
+    def __init__(self, parsed: SWAAConfig, chose_attention: bool = False) -> None:
+        super().__init__()
+        self._show(parsed)
+        self.chose_attention = chose_attention
 
     def __setitem__(self, field: str, value: Any) -> None:
         self.update({field: value})
 
+    def __ior__(self, fields: Any) -> StoredConfig:  # type: ignore[override, misc]
+        self.update(fields)
+        return self
+
     def update(self, *fields: Any, **more: Any) -> None:
         """As a dict does it; raises ConfigError as `SWAAConfig` does, and then changes nothing."""
-        self.parsed = SWAAConfig.from_dict({**self, **dict(*fields, **more)})
-        super().update(self.parsed.to_dict())
+        self._show(SWAAConfig.from_dict({**self, **dict(*fields, **more)}))
+
+    def setdefault(self, field: str, default: Any = None) -> Any:
+        """As a dict does it; raises ConfigError for what is no field, since all fields are there."""
+        self.update({field: self.get(field, default)})
+        return self[field]
+
+    def pop(self, field: str, *default: Any) -> Any:
+        """As a dict does it with what is not there, which is how transformers cleans a config that it saves."""
+        if field in self:
+            _refuse_edit()
+        return super().pop(field, *default)
+
+    def __delitem__(self, field: str) -> NoReturn:
+        _refuse_edit()
+
+    def popitem(self) -> NoReturn:
+        """Refused with a ConfigError, as `clear` and `del` are."""
+        _refuse_edit()
+
+    def clear(self) -> NoReturn:
+        """Refused with a ConfigError, as `popitem` and `del` are."""
+        _refuse_edit()
 
     def __deepcopy__(self, memo: object) -> StoredConfig:
-        return StoredConfig(self.parsed)
+        return StoredConfig(self.parsed, self.chose_attention)
 
-    def __reduce__(self) -> tuple[type[StoredConfig], tuple[SWAAConfig]]:
-        return StoredConfig, (self.parsed,)
+    def __reduce__(self) -> tuple[type[StoredConfig], tuple[SWAAConfig, bool]]:
+        return StoredConfig, (self.parsed, self.chose_attention)
+
+    def _show(self, parsed: SWAAConfig) -> None:
+        self.parsed = parsed
+        values = parsed.to_dict().items()
+        super().update((field, _ReadOnly(value) if isinstance(value, list) else value) for field, value in values)
+
+
+def _refuse_edit(*_: object, **__: object) -> NoReturn:
+    raise ConfigError(
+        "config.swaa: expected a new value for a field, as in config.swaa['full_attention_layers'] = [1, 3]; fields "
+        "cannot be removed, nor lists in it edited in place"
+    )
+
+
+class _ReadOnly(list[int]):
+    """Layers in a `StoredConfig`, a list to whoever reads them or writes JSON; copies of it are plain lists."""
+
+    append = clear = extend = insert = pop = remove = reverse = sort = _refuse_edit  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse_edit  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[list[int]], tuple[list[int]]]:
+        return list, ([*self],)
 
 
 class SWAAAttribute:
@@ -48,26 +101,70 @@ class SWAAAttribute:
     It is an attribute of the class `PreTrainedConfig` because `from_pretrained(..., swaa=...)` accepts exactly the
     keywords that the config class has as attributes (transformers 5.17 to 5.24). The value lives in the instance,
     so `save_pretrained` writes it. A composite config passes it on to the text model's.
+
+    A recipe is enough to choose "swaa_flex" where no implementation has been asked for, so `from_pretrained` needs no
+    `attn_implementation` beside `swaa`, nor beside a config.json that has "swaa". Where another one has been asked
+    for, that one runs, and a warning says so.
     """
 
     def __get__(self, config: PreTrainedConfig | None, owner: type) -> StoredConfig | None:
         return None if config is None else config.__dict__.get("swaa")
 
     def __set__(self, config: PreTrainedConfig, value: str | SWAAConfig | dict[str, Any] | None) -> None:
-        if value is None:
-            stored = None
+        text = config.get_text_config()
+        before = text.__dict__.get("swaa")
+        set_recipe(config, value)
+        stored = config.swaa
+        if stored is None:
+            if isinstance(before, StoredConfig) and before.chose_attention:
+                _choose_attention(config, None)
+        elif text._attn_implementation in (None, "swaa_flex"):
+            stored.chose_attention |= text._attn_implementation is None
+            _choose_attention(config, "swaa_flex")
         else:
-            text = config.get_text_config()
-            stored = StoredConfig(recipes.coerce(value, getattr(text, "model_type", None)))
-            layers = getattr(text, "num_hidden_layers", None)
-            if layers is not None:
-                kinds = stored.parsed.resolve(layers)
-                if not isinstance(value, StoredConfig):  # that is put back, and has been warned of
-                    _warn_if_idle(stored.parsed, kinds, text)
-        config.__dict__["swaa"] = stored
-        inner = config.get_text_config()
-        if inner is not config:
-            inner.__dict__["swaa"] = stored
+            warnings.warn(
+                f"attn_implementation={text._attn_implementation!r} is what the model runs, so its recipe is idle: "
+                f"swaa={stored.parsed.to_dict()}. Leave out attn_implementation to run the recipe, or load the model "
+                "with swaa=None and without attn_implementation to be without it",
+                stacklevel=3,
+            )
+        if stored is not None and before is None:
+            _warn_of_variable(stored.parsed, text)
+
+
+def set_recipe(config: PreTrainedConfig, value: str | SWAAConfig | dict[str, Any] | None) -> None:
+    """Stores a recipe in the config of a model and in that of its text model, whatever implementation they have.
+
+    Args:
+        config: of the whole model.
+        value: what `config.swaa` takes.
+
+    Raises:
+        ConfigError: if the recipe is invalid or does not fit the model's number of layers.
+    """
+    text, stored = config.get_text_config(), None
+    if value is not None:
+        before = text.__dict__.get("swaa")
+        stored = StoredConfig(recipes.coerce(value, getattr(text, "model_type", None)))
+        stored.chose_attention = isinstance(before, StoredConfig) and before.chose_attention
+        layers = getattr(text, "num_hidden_layers", None)
+        if layers is not None:
+            kinds = stored.parsed.resolve(layers)
+            if not isinstance(value, StoredConfig):  # that is put back, and has been warned of
+                _warn_if_idle(stored.parsed, kinds, text)
+    config.__dict__["swaa"] = text.__dict__["swaa"] = stored
+
+
+def _choose_attention(config: PreTrainedConfig, implementation: str | None) -> None:
+    """Sets the implementation of a model and its text model where that is open, or opens it again with None.
+
+    A model that has been built is left alone, since it cannot do without one: building settles the implementation of
+    experts, which is None before.
+    """
+    for each in (config, config.get_text_config()):
+        unbuilt = each._experts_implementation is None
+        if each._attn_implementation is None or (implementation is None and unbuilt):
+            each._attn_implementation_internal = implementation
 
 
 def _warn_if_idle(swaa: SWAAConfig, kinds: Sequence[LayerKind], model: PreTrainedConfig) -> None:
@@ -82,6 +179,18 @@ def _warn_if_idle(swaa: SWAAConfig, kinds: Sequence[LayerKind], model: PreTraine
         warnings.warn(
             f"the recipe changes nothing: full_attention_layers={swaa.full_attention_layers!r} keeps all layers full "
             f"that are full in this model ({some}); name fewer of them, as in full_attention_layers=[{full[-1]}]",
+            stacklevel=4,
+        )
+
+
+def _warn_of_variable(swaa: SWAAConfig, model: PreTrainedConfig) -> None:
+    """Warns where `SWAA_FLEX_RECIPE`, or `swaa-flex run --swaa`, asks for another recipe than the model brings."""
+    asked_for = os.environ.get(RECIPE_VARIABLE)
+    if asked_for is not None and recipes.coerce(default_recipe(), getattr(model, "model_type", None)) != swaa:
+        warnings.warn(
+            f"{RECIPE_VARIABLE}={asked_for!r} (swaa-flex run --swaa) is for models without a recipe of their own. This"
+            f" one has a recipe and runs it: {swaa.to_dict()}. For the other, load the model with swaa=..., or take "
+            'the key "swaa" out of its config.json',
             stacklevel=4,
         )
 
@@ -111,8 +220,8 @@ def default_recipe() -> str | SWAAConfig:
 def swaa_of(config: PreTrainedConfig) -> SWAAConfig:
     """The configuration a model runs with: `config.swaa`, or the default recipe."""
     stored = config.swaa
-    if stored is None:
-        config.swaa = default_recipe()
+    if not isinstance(stored, StoredConfig):  # none, or a plain dict that was loaded before this package was imported
+        set_recipe(config, default_recipe() if stored is None else stored)
         stored = config.swaa
     parsed: SWAAConfig = stored.parsed
     return parsed

@@ -78,7 +78,7 @@ def load_adapter(
 def merge(tuned: PeftModel, folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Folds an adapter into its base model and saves a plain one, with the recipe in its config.
 
-    `AutoModelForCausalLM.from_pretrained(folder, attn_implementation="swaa_flex")` then runs it under the recipe.
+    `AutoModelForCausalLM.from_pretrained(folder)` then runs it under the recipe, once swaa_flex is imported.
 
     Args:
         tuned: what `finetune` or `load_adapter` returned; not to be used afterwards.
