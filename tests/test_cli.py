@@ -1,8 +1,10 @@
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from conftest import visible_pairs
 from typer.testing import CliRunner
 
+import swaa_flex_doctor
 from swaa_flex import MaskError, __version__, recipes, viz
 from swaa_flex.cli import app, expression, main, show
 from swaa_flex.config import SWAAConfig
@@ -239,12 +242,6 @@ def test_debug_raises_the_error_wherever_it_stands(line):
     assert result.stderr == ""
 
 
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
-    result = run(f"show causal --png {tmp_path / 'missing' / 'mask.png'}")
-    assert result.exit_code == 1
-    assert re.fullmatch(r"Error: .*No such file or directory.*mask\.png'\n", result.stderr)
-
-
 def test_a_missing_extra_is_one_line_with_the_install_command(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = run(f"show causal --png {tmp_path / 'mask.png'}")
@@ -401,10 +398,118 @@ def test_doctor_as_json(h200):
     assert "CPU kernel" in report["backends"]["cpp"]
 
 
-def test_importing_the_command_line_stays_light():
-    check = (
-        "import sys, torch, swaa_flex.cli\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        "assert not torch.cuda.is_initialized()\n"
+def test_doctor_knows_whether_a_compiler_is_there(no_gpu, monkeypatch):
+    from torch._inductor import cpp_builder
+
+    assert facts(run("doctor").stdout)["backend cpp"] == "available"  # the tests that compile take one
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "no-such-compiler")
+    assert facts(run("doctor").stdout)["backend cpp"] == (
+        "no: it takes a C++ compiler, and there is none (no no-such-compiler); install g++, or name one in CXX"
     )
-    subprocess.run([sys.executable, "-c", check], check=True)
+
+    def missing():
+        raise RuntimeError("No working C++ compiler found\nlong explanation")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    assert "there is none (RuntimeError: No working C++ compiler found); install" in run("doctor").stdout
+
+
+def test_doctor_survives_a_broken_package_that_a_backend_needs(h200, monkeypatch):
+    def broken(name, device):
+        raise OSError("libcutlass.so: cannot open shared object file")
+
+    monkeypatch.setattr("swaa_flex.backends.why_not", broken)
+    said = facts(run("doctor").stdout)
+    assert said["backend flash"] == "no: it cannot be asked (OSError: libcutlass.so: cannot open shared object file)"
+
+
+BROKEN = "raise OSError('libcudart.so.12: cannot open shared object file')"
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "accelerate"])
+def test_doctor_survives_the_packages_that_it_is_to_diagnose(package, tmp_path):
+    (tmp_path / f"{package}.py").write_text(BROKEN)
+    source = Path(swaa_flex_doctor.__file__).parent
+    command = "import sys, swaa_flex_doctor; sys.argv = ['swaa-flex', *sys.argv[1:]]; swaa_flex_doctor.main()"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{source}"}
+
+    def start(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", command, *arguments], env=environment, capture_output=True, text=True
+        )
+
+    done = start("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    problem = "cannot be imported (OSError: libcudart.so.12: cannot open shared object file)"
+    assert problem in found["versions"][package]
+    if package != "accelerate":  # which swaa_flex leaves to others to import
+        assert "cannot be imported (" in found["versions"]["swaa_flex"]
+        assert found["backends"]["chunked"] == "swaa_flex cannot be imported"
+        other = start("recipes")
+        assert other.returncode == 1 and "'swaa-flex doctor' says which packages" in other.stderr
+
+
+def test_doctor_survives_packages_that_are_missing(monkeypatch):
+    """As far as this process can pretend that; the packages that are imported already stay."""
+    import importlib
+
+    real = importlib.import_module
+
+    def missing(name, *rest):
+        if name in ("torch", "swaa_flex"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *rest)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    said = facts(swaa_flex_doctor.report())
+    assert said["torch"].endswith(", cannot be imported (ModuleNotFoundError: No module named 'torch')")
+    assert said["devices"] == "no CUDA GPU" and said["backend cpp"] == "no: swaa_flex cannot be imported"
+
+
+# --- imports -----------------------------------------------------------------------------------------------
+
+LIGHT = """
+import sys
+import torch, transformers
+
+class Watch:
+    asked = set()
+    def find_spec(self, name, path=None, target=None):
+        if name in HEAVY:
+            self.asked.add(name)
+
+def initialised(*args):
+    raise AssertionError("CUDA was initialised")
+
+sys.meta_path.insert(0, Watch())
+torch.cuda._lazy_init = torch.cuda.init = initialised
+import MODULE
+print(sorted(Watch.asked))
+"""
+HEAVY = {"matplotlib", "pyarrow", "lm_eval", "vllm", "gguf"}
+
+
+def imported(module, heavy):
+    check = LIGHT.replace("MODULE", module).replace("HEAVY", repr(heavy))
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    return done.stdout.strip() or done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("module", "heavy"), [("swaa_flex", HEAVY | {"peft"}), ("swaa_flex.cli", HEAVY)])
+def test_imports_stay_light(module, heavy):
+    """They ask for nothing that is optional and heavy, installed here or not, and leave CUDA alone.
+
+    Training takes transformers' Trainer, which imports peft where it is installed.
+    """
+    assert imported(module, heavy) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("code", "noticed"),
+    [("import matplotlib", "matplotlib"), ("import torch; torch.cuda.init()", "AssertionError: CUDA was initialised")],
+)
+def test_an_import_that_is_not_light_would_be_noticed(code, noticed, tmp_path, monkeypatch):
+    (tmp_path / "heavy.py").write_text(f"try:\n    {code}\nexcept ImportError:\n    pass\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert noticed in imported("heavy", HEAVY)

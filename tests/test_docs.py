@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
+import swaa_flex
+from swaa_flex import SWAAConfig, recipes
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- (?P<kept>not run|slow): \S.*? -->\n)?```python\n(?P<code>.*?)^```$", re.M | re.S)
@@ -62,6 +65,33 @@ def test_every_python_block_is_found():
         text = page.read_text()
         assert len(blocks(page)) == text.count("```py"), page
         assert len(re.findall(r"^<!-- (?:not run|slow)", text, re.M)) == sum(b.kept is not None for b in blocks(page))
+
+
+def test_the_table_of_recipes_in_the_readme_is_that_of_the_code():
+    cell = {"–": None, "none": (), "half": "1::2", "a quarter": "1::4", "yes": True, "no": False}
+    rows = re.findall(r"^\| `(\w+)`( \(default\))? \|(.*)\|$", (ROOT / "README.md").read_text(), re.M)
+    assert [name for name, _, _ in rows] == list(recipes.names())
+    assert [name for name, default, _ in rows if default] == [recipes.DEFAULT]
+    for name, _, cells in rows:
+        window, sinks, layers, decode, tail, purpose = (text.strip() for text in cells.split("|"))
+        assert purpose
+        if name == "full":  # nothing but the window matters
+            assert (window, sinks, layers, decode, tail) == ("–", "–", "all", "–", "–")
+            assert recipes.get(name).sliding_window is None
+        else:
+            config = SWAAConfig(int(window), int(sinks), cell[layers], cell[decode], int(tail))
+            assert recipes.get(name) == config, name
+
+
+def test_the_public_names_are_sorted_complete_and_in_the_reference():
+    assert swaa_flex.__all__ == sorted(swaa_flex.__all__)
+    assert all(hasattr(swaa_flex, name) for name in swaa_flex.__all__)
+    imported = re.findall(r"^from \.\S* import (.*)$", Path(swaa_flex.__file__).read_text(), re.M)
+    assert sorted(name for line in imported for name in line.split(", ")) == swaa_flex.__all__
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    for name in set(swaa_flex.__all__) - {"__version__"}:
+        module = getattr(getattr(swaa_flex, name), "__module__", f"swaa_flex.{name}")
+        assert re.search(rf"\b{name}\b", reference) or f"::: {module}\n" in reference, name
 
 
 def test_the_tables_of_measurements_are_those_of_the_committed_data(monkeypatch):

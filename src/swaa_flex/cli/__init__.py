@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -13,6 +14,15 @@ from .. import recipes as named
 from .._version import __version__
 from ..errors import SWAAError
 from . import demo, distill, doctor, eval, finetune, layers, recommend, run, show
+
+_RESUMED = {
+    "eval": "The same command goes on where this one was.",
+    "recommend": "The same command goes on where this one was.",
+    "distill": "The same command goes on where this one was.",
+    "finetune": "The same command goes on from the last checkpoint (--save-steps).",
+    "layers": "With --out, the same command goes on with the losses that are measured; --method lazy starts over.",
+}
+"""What is left of a command that was interrupted. Others start over."""
 
 
 def main() -> None:
@@ -36,6 +46,13 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of a pipe has seen enough, which typer treats as such
+        except KeyboardInterrupt as error:
+            command = ctx.invoked_subcommand or ""
+            if command == "run":
+                raise  # it is the program's
+            if int(os.environ.get("RANK", 0)) == 0:
+                typer.echo(f"\nInterrupted. {_RESUMED.get(command, '')}".rstrip(), err=True)
+            raise typer.Exit(130) from error
         except (SWAAError, ImportError, OSError) as error:
             if ctx.params["debug"]:
                 raise

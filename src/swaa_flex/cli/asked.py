@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from ..evaluation import tasks as all_tasks
 from ..evaluation.sample import Task
-from . import left_out
+from . import left_out, paths
 
 _OPTIONS = {"niah": ("text", "style"), "vt": ("text", "style"), "ppl": ("text",), "qa": ("style", "judge")}
 
@@ -32,6 +33,8 @@ def tasks(given: str, options: Mapping[str, Any]) -> list[Task]:
     found: list[Task] = []
     kinds = {name: re.split("[_:]", name)[0] for name in names(given)}
     for name, kind in kinds.items():
+        if kind in ("qa", "choice") and ":" in name:
+            paths.read_file("--tasks", Path(name.partition(":")[2]))
         has = [option for option in _OPTIONS.get(kind, ()) if options.get(option) is not None]
         found += all_tasks.get(name, **{option: options[option] for option in has})
     if options.get("judge") is not None and "qa" not in kinds.values():

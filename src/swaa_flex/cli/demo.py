@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -21,6 +20,7 @@ from transformers.utils import logging
 from .. import recipes
 from ..errors import ConfigError
 from . import checkpoint
+from . import columns as fitting
 from .passkey import Passkey, passkeys
 from .trial import SCORED, Trial, real_text, run, scaled
 
@@ -123,16 +123,9 @@ def table(trials: Sequence[Trial], width: int) -> Table:
         "KV needed": [f"{trial.kept:.0%}" for trial in trials],
         "seconds": [f"{trial.seconds:.1f}" for trial in trials],
     }
-    for heading in ("answers", "seconds", "KV needed", "attended"):
-        if _width(columns) <= width:
-            break
-        del columns[heading]
-    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in columns:
-        shown.add_column(heading, justify="left" if heading in ("recipe", "answers") else "right", no_wrap=True)
-    for row in zip(*columns.values(), strict=True):
-        shown.add_row(*row)
-    return shown
+    return fitting.table(
+        columns, width, left=("recipe", "answers"), less=("answers", "seconds", "KV needed", "attended")
+    )
 
 
 def notes(text_length: int, device: str) -> str:
@@ -175,11 +168,6 @@ def verdict(trials: Sequence[Trial]) -> str:
         f"{cheapest.recipe} looks at the fewest query-key pairs of the prompt, {cheapest.attended:.0%}, and has "
         f"perplexity {cheapest.perplexity:.1f}."
     )
-
-
-def _width(columns: Mapping[str, Sequence[Text | str]]) -> int:
-    """Of the columns with two blanks between them."""
-    return sum(max(map(len, (heading, *cells))) for heading, cells in columns.items()) + 2 * (len(columns) - 1)
 
 
 def _answer(given: str | None, key: str) -> Text:

@@ -10,7 +10,7 @@ import typer
 from ..errors import ConfigError
 from ..tuning import distill as distillation
 from ..tuning.data import read_samples
-from . import checkpoint
+from . import checkpoint, paths
 from .left_out import report
 
 
@@ -46,6 +46,10 @@ def distill(
       swaa-flex distill Qwen/Qwen3-4B-Instruct-2507 prompts.parquet train.jsonl
       swaa-flex distill ./model chats.jsonl train.jsonl --judge none --n 1
     """
+    paths.read_file("DATA", data)
+    paths.write_file("OUT", out)
+    if out.exists() and not overwrite:
+        raise ConfigError(f"OUT {out} exists; name another file, or have it replaced with --overwrite")
     samples, bad = read_samples(data)
     total = len(samples) + len(bad)
     report(f"{len(bad)} of {total} rows of {data} are left out:", bad, lambda line: typer.echo(line, err=True))

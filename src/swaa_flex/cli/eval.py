@@ -20,9 +20,8 @@ from ..errors import ConfigError
 from ..evaluation import report, settings
 from ..evaluation.runner import SUMMARY, evaluate
 from ..evaluation.summary import Summary
-from ..files import refuse_file
 from ..tuning import load_adapter
-from . import asked, checkpoint
+from . import asked, checkpoint, paths
 from . import tokens as token_counts
 from .left_out import say
 from .trial import scaled
@@ -100,6 +99,9 @@ def eval_(
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    paths.read_file("--text", text)
+    paths.read_file("--settings", settings_file if recipes is None else None)
+    paths.read_adapter("--adapter", adapter)
     chosen_lengths = [token_counts.read("--lengths", length) for length in asked.names(lengths)]
     chosen_tasks = asked.tasks(tasks, {"text": text, "style": style, "judge": judge})
     by_model: Mapping[str, list[dict[str, Any]] | None] = {model or checkpoint.installed(): None}
@@ -111,7 +113,7 @@ def eval_(
             by_model = {model: [values for of_model in by_model.values() for values in of_model]}
     else:
         _recipes(recipes or RECIPES, None, window, sinks)  # what is wrong with them is said before a model is loaded
-    refuse_file(out, f"--out {out}: it")
+    paths.write_folder("--out", out)
     for number, (name, of_settings) in enumerate(by_model.items(), 1):
         loaded, tokenizer = checkpoint.load(name)
         if adapter is not None:

@@ -15,12 +15,11 @@ from transformers import AutoConfig
 from .. import recipes
 from ..config import SWAAConfig
 from ..errors import ConfigError
-from ..files import refuse_file
 from ..hf.adapt import adapt
 from ..hf.config import swaa_of
 from ..tuning import adapters, train
 from ..tuning.data import Example, encode, encode_each, fit, read_samples
-from . import checkpoint
+from . import checkpoint, paths
 from .left_out import report
 
 DEFAULT = train.TuningConfig()
@@ -98,6 +97,10 @@ def finetune(
         save_steps=save_steps,
     )
     chosen = _recipe(recipe)
+    paths.read_file("DATA", data)
+    paths.read_file("--held-out", held_out)
+    paths.write_folder("OUT", out)
+    adapters.peft()  # says what to install if it is missing
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     loaded, tokenizer = checkpoint.load(model)
@@ -122,11 +125,13 @@ def merge(
     AutoModelForCausalLM.from_pretrained(OUT) loads it, in a program that imports
     swaa_flex.
     """
-    refuse_file(out)
     if Path(model).exists() and out.resolve() == Path(model).resolve():
-        raise ConfigError(f"{out} is the base model itself; expected another folder to write")
+        raise ConfigError(f"OUT {out} is the base model itself; expected another folder to write")
+    paths.read_adapter("ADAPTER", adapter)
+    paths.new_folder("OUT", out)
+    chosen = None if recipe is None else _recipe(recipe)
     loaded, tokenizer = checkpoint.load(model)
-    tuned = adapters.load_adapter(loaded, adapter, None if recipe is None else _recipe(recipe))
+    tuned = adapters.load_adapter(loaded, adapter, chosen)
     dtype = None if model.endswith(".gguf") else AutoConfig.from_pretrained(model).dtype
     merged = adapters.merge(tuned, out, dtype)
     tokenizer.save_pretrained(out)

@@ -22,8 +22,8 @@ from ..config import SWAAConfig
 from ..errors import ConfigError, did_you_mean
 from ..evaluation.perplexity import beginning
 from ..evaluation.texts import read as read_text
-from ..files import refuse_file, write_atomically
-from . import checkpoint
+from ..files import write_atomically
+from . import checkpoint, paths
 from . import tokens as token_counts
 
 METHODS = ("lazy", "sensitivity", "greedy")
@@ -87,9 +87,8 @@ def layers(
             f"--length {length}: expected more than the {window + sinks} tokens that --window {window} and --sinks "
             f"{sinks} show, or every layer sees everything"
         )
-    if out is not None:
-        refuse_file(out, f"--out {out}: it")
-        out.mkdir(parents=True, exist_ok=True)  # what cannot be written shows before the minutes of measuring
+    paths.read_file("--text", text)
+    paths.write_folder("--out", out)
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     count = loaded.config.get_text_config().num_hidden_layers
     budget = count // 2 if budget is None else budget

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from .. import recipes
@@ -22,8 +20,9 @@ from ..errors import ConfigError, did_you_mean
 from ..evaluation import texts
 from ..evaluation.prompts import thinks_always
 from ..evaluation.runner import evaluate
-from ..files import refuse_file, write_atomically
-from . import asked, checkpoint, tokens
+from ..files import write_atomically
+from . import asked, checkpoint, paths, tokens
+from . import columns as fitting
 
 TIMES = ("auto", "measured", "estimated")
 ON_CPU = 1024  # tokens that quality is measured on unless told otherwise
@@ -100,8 +99,9 @@ def recommend(
     wanted = None if context is None else tokens.read("--context", context)
     measured_on = None if length is None else tokens.read("--length", length)
     given = None if windows is None else [tokens.read("--windows", window) for window in asked.names(windows)]
+    paths.read_file("--text", text)
     chosen_tasks = asked.tasks(tasks, {"text": text})
-    refuse_file(out, f"--out {out}: it")
+    paths.write_folder("--out", out)
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     on_gpu = loaded.device.type == "cuda"
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 1 << 17
@@ -196,29 +196,27 @@ def _write(found: Recommendation, out: Path) -> None:
 
 def _print(found: Recommendation, out: Path) -> None:
     console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("", "configuration", "quality", "TTFT s", "ms/token", "total s", "faster", "GiB"):
-        table.add_column(
-            column, justify="left" if column == "configuration" else "right", no_wrap=column != "configuration"
-        )
     of_full = [option for option in found.options if option.config.sliding_window is None]
     slowest = min(of_full, key=lambda option: option.thinks).total_s
-    for number, option in enumerate(found.options, 1):
-        chosen, best = option is found.chosen, option in found.front
-        table.add_row(
-            str(number),
-            Text(
-                f"{option.label} <-" if chosen else option.label,
-                style="bold green" if chosen else "bold" if best else "",
-            ),
-            f"{option.quality.ratio:.2f} ({option.quality.low:.2f})",
-            f"{option.cost.first_token_s:.3g}",
-            f"{option.cost.token_s * 1e3:.3g}",
-            f"{option.total_s:.3g}",
-            f"{slowest / option.total_s:.2f} x",
-            f"{option.cost.cache_bytes / (1 << 30):.2f}",
+    columns: dict[str, list[Text | str]] = {
+        "": [str(number) for number, _ in enumerate(found.options, 1)],
+        "configuration": [_label(option, found) for option in found.options],
+        "quality": [f"{option.quality.ratio:.2f} ({option.quality.low:.2f})" for option in found.options],
+        "TTFT s": [f"{option.cost.first_token_s:.3g}" for option in found.options],
+        "ms/token": [f"{option.cost.token_s * 1e3:.3g}" for option in found.options],
+        "total s": [f"{option.total_s:.3g}" for option in found.options],
+        "faster": [f"{slowest / option.total_s:.2f} x" for option in found.options],
+        "GiB": [f"{option.cost.cache_bytes / (1 << 30):.2f}" for option in found.options],
+    }
+    console.print(
+        fitting.table(
+            columns,
+            console.width,
+            left=("configuration",),
+            words="configuration",
+            less=("total s", "GiB", "ms/token", "TTFT s"),
         )
-    console.print(table)
+    )
     shorter = "" if found.length == found.context else f", windows shorter in proportion to {found.context}"
     notes = (
         f"Quality: relative to full attention, at {found.length} tokens{shorter}; in brackets the lower end of the "
@@ -234,3 +232,9 @@ def _print(found: Recommendation, out: Path) -> None:
         Text(f'from_pretrained(..., swaa=json.load(open("{out / "swaa.json"}")))'),
         soft_wrap=True,
     )
+
+
+def _label(option: Option, found: Recommendation) -> Text:
+    if option is found.chosen:
+        return Text(f"{option.label} <-", style="bold green")
+    return Text(option.label, style="bold" if option in found.front else "")

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import ConfigError
 from ..hf.config import RECIPE_VARIABLE, default_recipe
+from . import paths
 
 
 def run(
@@ -68,10 +69,12 @@ def run(
 
 
 def _set_recipe(swaa: str) -> None:
+    if swaa.endswith(".json"):
+        paths.read_file("--swaa", Path(swaa))
     try:
         os.environ[RECIPE_VARIABLE] = Path(swaa).read_text() if swaa.endswith(".json") else swaa
         default_recipe()
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
+    except (UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"--swaa {swaa}: {str(error).removeprefix(f'{RECIPE_VARIABLE}: ')}") from error
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 from .. import recipes, viz
 from ..config import SWAAConfig
 from ..masks import Mask, causal, rows_from, sinks, window
-from . import expression
+from . import expression, paths
 
 
 def show(
@@ -69,6 +69,7 @@ def show(
     """
     if png is not None and png.suffix.lower() != ".png":
         raise typer.BadParameter(f"{png}: expected a file name that ends in .png", param_hint="'--png'")
+    paths.write_file("--png", png)
     title = None
     if mask in recipes.names():
         config = recipes.get(mask)
@@ -82,6 +83,7 @@ def show(
     console = Console(highlight=False)
     console.print(viz.terminal(shown, length, kv_len, block_size=block_size, title=title))
     if png is not None:
+        png.parent.mkdir(parents=True, exist_ok=True)
         viz.draw(shown, length, kv_len, path=png, block_size=block_size, title=title)
         console.print(Text(f"\nwrote {png}"), soft_wrap=True)
 

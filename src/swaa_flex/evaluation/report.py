@@ -24,7 +24,7 @@ def tables(summary: Summary, width: int) -> list[Table]:
         width: characters per line.
     """
     columns = list(dict.fromkeys((cell.task, cell.length) for cell in summary.cells))
-    names = max(len("recipe"), *map(len, summary.configs))
+    names = _names(summary, width)
     parts: list[list[tuple[str, int | None]]] = [[]]
     room = width - names
     for column in columns:
@@ -34,7 +34,12 @@ def tables(summary: Summary, width: int) -> list[Table]:
             room = width - names
         parts[-1].append(column)
         room -= taken
-    return [_table(summary, part) for part in parts]
+    return [_table(summary, part, width) for part in parts]
+
+
+def _names(summary: Summary, width: int) -> int:
+    """Characters of the column with the names of the recipes."""
+    return max(len("recipe"), min(max(map(len, summary.configs), default=0), width // 2))
 
 
 def _width(summary: Summary, column: tuple[str, int | None]) -> int:
@@ -98,13 +103,15 @@ def draw(summary: Summary, path: Path) -> None:
     figure.savefig(path)
 
 
-def _table(summary: Summary, columns: list[tuple[str, int | None]]) -> Table:
+def _table(summary: Summary, columns: list[tuple[str, int | None]], width: int) -> Table:
     cells = {(cell.config, cell.task, cell.length): cell for cell in summary.cells}
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, GAP, 0, 0))
-    table.add_column("recipe", no_wrap=True, min_width=max(map(len, summary.configs)))
+    # Where room is short, values wrap between numbers and names fold: nothing is cut.
+    names = _names(summary, width)
+    table.add_column("recipe", overflow="fold", min_width=names, max_width=names)
     for task, length in columns:
         cell = next(cell for cell in summary.cells if (cell.task, cell.length) == (task, length))
-        table.add_column(_heading(cell), no_wrap=True)
+        table.add_column(_heading(cell), overflow="fold")
     for config in summary.configs:
         table.add_row(Text(config, style="bold"), *(_text(cells[config, *column]) for column in columns))
     return table

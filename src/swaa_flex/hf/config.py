@@ -88,8 +88,8 @@ def _refuse_edit(*_: object, **__: object) -> NoReturn:
 class _ReadOnly(list[int]):
     """Layers in a `StoredConfig`, a list to whoever reads them or writes JSON; copies of it are plain lists."""
 
-    append = clear = extend = insert = pop = remove = reverse = sort = _refuse_edit  # type: ignore[assignment]
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse_edit  # type: ignore[assignment]
+    append = clear = extend = insert = pop = remove = reverse = sort = _refuse_edit
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse_edit
 
     def __reduce__(self) -> tuple[type[list[int]], tuple[list[int]]]:
         return list, ([*self],)

@@ -61,10 +61,11 @@ def load_adapter(
     if str(described.get("peft_type", "LORA")).upper() != "LORA":
         raise ConfigError(f"{folder}: expected a LoRA adapter, got one of type {described['peft_type']}")
     recipe = _recipe(model, folder, swaa)
+    library = peft()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below
-            tuned: PeftModel = peft().PeftModel.from_pretrained(adapt(model, recipe), str(folder))
+            tuned: PeftModel = library.PeftModel.from_pretrained(adapt(model, recipe), str(folder))
     except Exception as error:  # peft and safetensors have many
         raise ConfigError(
             f"{folder}: the adapter does not fit this model ({model.config.model_type}); it is for "
