@@ -48,7 +48,7 @@ WRONG = {
     "distill MODEL nowhere out.jsonl": "DATA nowhere: expected a file that can be read",
     "distill MODEL data.jsonl file/out": "OUT file/out: its folder file: it is a file",
     "distill MODEL data.jsonl folder": "OUT folder: it is a folder; expected a file",
-    "distill MODEL data.jsonl file": "OUT file exists; name another file, or have it replaced with --overwrite",
+    "distill MODEL data.jsonl file": "file exists; name another file, or have it replaced with --overwrite",
     "finetune MODEL nowhere out": "DATA nowhere: expected a file that can be read",
     "finetune MODEL file out --held-out nowhere": "--held-out nowhere: expected a file that can be read",
     "finetune MODEL file file": "OUT file: it is a file; expected a folder",

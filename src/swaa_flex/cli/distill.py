@@ -49,7 +49,7 @@ def distill(
     paths.read_file("DATA", data)
     paths.write_file("OUT", out)
     if out.exists() and not overwrite:
-        raise ConfigError(f"OUT {out} exists; name another file, or have it replaced with --overwrite")
+        raise ConfigError(f"{out} exists; name another file, or have it replaced with --overwrite")
     samples, bad = read_samples(data)
     total = len(samples) + len(bad)
     report(f"{len(bad)} of {total} rows of {data} are left out:", bad, lambda line: typer.echo(line, err=True))

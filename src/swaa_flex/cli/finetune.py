@@ -114,7 +114,7 @@ def finetune(
 def merge(
     model: Annotated[str, typer.Argument(help="The base model: a folder, a GGUF file, or a name on the Hub.")],
     adapter: Annotated[Path, typer.Argument(help="The folder of the adapter.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, new or empty.")],
     recipe: Annotated[
         str | None,
         typer.Option(help="A name or a .json file, instead of the recipe that the adapter brings, if it brings one."),
