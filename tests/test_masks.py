@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import numpy
 import pytest
 import torch
@@ -207,30 +204,6 @@ def test_equality_is_structure_and_values():
 def test_structure_ignores_values():
     assert (causal() & window(4)).structure == (causal() & window(5)).structure
     assert rows_from(4).structure != rows_from(torch.tensor([4, 4])).structure
-
-
-def test_fingerprint_is_stable_across_processes():
-    mask = causal() & (window(4) | sinks(1)) & from_mask_mod(third)
-    code = (
-        "from swaa_flex.masks import *; from test_masks import third;"
-        "print((causal() & (window(4) | sinks(1)) & from_mask_mod(third)).fingerprint)"
-    )
-    run = [sys.executable, "-c", code]
-    other = subprocess.run(run, capture_output=True, text=True, check=True, cwd=__file__.rpartition("/")[0])
-    assert mask.fingerprint == other.stdout.strip()
-    assert mask.fingerprint != (causal() & (window(5) | sinks(1)) & from_mask_mod(third)).fingerprint
-
-
-def third(b, h, q_idx, kv_idx):
-    return (q_idx + kv_idx) % 3 == 0
-
-
-def test_fingerprint_of_tensors_and_closures_is_refused():
-    factor = 3
-    with pytest.raises(MaskError, match="no stable fingerprint"):
-        _ = rows_from(torch.tensor([1, 2])).fingerprint
-    with pytest.raises(MaskError, match="no stable fingerprint"):
-        _ = from_mask_mod(lambda b, h, q, kv: q % factor == 0).fingerprint
 
 
 @pytest.mark.parametrize(

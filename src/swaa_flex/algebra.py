@@ -1,9 +1,7 @@
-"""`Mask` and its algebra: composition, equality, structure, fingerprint."""
+"""`Mask` and its algebra: composition, equality, structure."""
 
 from __future__ import annotations
 
-import hashlib
-import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -85,15 +83,6 @@ class Mask:
     def structure(self) -> tuple[Any, ...]:
         """What kind of mask this is, without its values: masks of one structure share compiled code."""
         return (type(self).__name__, *(_structure(value) for value in self._values()))
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hexadecimal digits that name the mask across processes and machines.
-
-        Raises:
-            MaskError: if the mask holds a tensor, or a function with a closure: their values have no stable name.
-        """
-        return hashlib.sha256(repr(_stable(self)).encode()).hexdigest()[:16]
 
     def for_rows(self, first: int, last: int) -> Mask:
         """An equal mask for query rows `first` to `last` (inclusive), simpler where that is known.
@@ -371,26 +360,6 @@ def inlined(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(inlined(part) for part in value)
     return _structure(value) if isinstance(value, Tensor) else value
-
-
-def _stable(value: Any) -> Any:
-    if isinstance(value, Mask):
-        return (type(value).__name__, *(_stable(part) for part in value._values()))
-    if isinstance(value, tuple):
-        return tuple(_stable(part) for part in value)
-    if isinstance(value, types.FunctionType) and not value.__closure__ and not value.__defaults__:
-        return _stable_code(value.__code__)
-    if isinstance(value, int):
-        return value
-    raise MaskError(
-        f"{type(value).__name__} in the mask has no stable fingerprint; only masks of integers and of functions "
-        "without closure have one"
-    )
-
-
-def _stable_code(code: types.CodeType) -> Any:
-    constants = tuple(_stable_code(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts)
-    return (code.co_code.hex(), code.co_names, constants)
 
 
 def checked(user: str, mask: object) -> Mask:
