@@ -46,6 +46,13 @@ def test_an_expression_is_the_mask_it_says(text, mask):
     assert expression.parse(text) == mask
 
 
+def test_a_comment_ends_with_its_line():
+    text = "causal  # all before\n& window(3)  # but near: window(9) # is too far\r\n& ~sinks(2)  # and no & sinks(1)"
+    assert repr(expression.parse(text)) == "causal & window(3) & ~sinks(2)"
+    with pytest.raises(MaskError, match="the expression is incomplete"):
+        expression.parse("# causal")
+
+
 @pytest.mark.parametrize("mask", [causal() & (window(5) | ~sinks(2)), offset(causal() | rows_from(7), q=3)])
 def test_the_repr_of_a_mask_is_an_expression(mask):
     assert expression.parse(repr(mask)) == mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -29,7 +30,7 @@ def parse(text: str) -> Mask:
 
     Args:
         text: `causal`, `everything`, `window(W)`, `sinks(K)`, `rows_from(N)`, `offset(mask, q=N, kv=N)`, composed
-            with `&`, `|`, `~` and parentheses.
+            with `&`, `|`, `~` and parentheses, on any number of lines. A `#` begins a comment that ends with its line.
 
     Raises:
         MaskError: if `text` is something else; the message shows the place and says what is allowed.
@@ -38,7 +39,7 @@ def parse(text: str) -> Mask:
         >>> parse("causal & (window(64) | sinks(8))")
         causal & (window(64) | sinks(8))
     """
-    text = " ".join(text.split())
+    text = " ".join(re.sub(r"#[^\r\n]*", "", text).split())
     reader = _Reader(text)
     try:
         return reader.mask(ast.parse(text, mode="eval").body)
