@@ -52,6 +52,7 @@ def compositions(draw: st.DrawFn, length: int, depth: int = 3) -> Mask:
         ]
     kind = draw(st.sampled_from(kinds))
     part = compositions(length, depth - 1)
+    shorter = st.integers(1, length).flatmap(lambda own: compositions(own, depth - 1))  # rows may leave its tables
     match kind:
         case "causal":
             return M.causal()
@@ -78,12 +79,14 @@ def compositions(draw: st.DrawFn, length: int, depth: int = 3) -> Mask:
         case "heads":
             return M.heads([True, False], draw(part), draw(part))
         case "offset":
-            kv = draw(st.integers(-length, length))
-            return M.offset(draw(st.sampled_from([M.causal(), M.window(40), M.sinks(9)])), q=draw(sizes), kv=kv)
+            q, kv = draw(st.integers(-length, length)), draw(st.integers(-length, length))
+            long_enough = compositions(length + max(q, kv, 0), depth - 1)
+            as_tensors = draw(st.booleans())
+            return M.offset(draw(long_enough), q=torch.tensor(q) if as_tensors else q, kv=kv)
         case "packed":
-            return M.packed(draw(part), document_ids=contiguous_ids(length, draw(cuts)))
+            return M.packed(draw(shorter), document_ids=contiguous_ids(length, draw(cuts)))
         case "left_padded":
-            return M.left_padded(draw(part), padding())
+            return M.left_padded(draw(shorter), padding())
         case "sinks_and_tail":
             start, first = draw(sizes), draw(st.lists(st.integers(0, length), min_size=BATCH, max_size=BATCH))
             return M.sinks_and_tail(
@@ -94,4 +97,4 @@ def compositions(draw: st.DrawFn, length: int, depth: int = 3) -> Mask:
             )
         case _:
             order = torch.randperm(length) - draw(st.integers(0, 3))
-            return M.kv_positions(draw(st.sampled_from([M.causal(), M.window(40), M.sinks(9)])), order.clamp(min=-1))
+            return M.kv_positions(draw(part), order.clamp(min=-1) + draw(st.integers(0, length)))

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import counting_backend, visible_pairs
@@ -9,8 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import swaa_flex
 from swaa_flex import MaskError, build_block_mask
+from swaa_flex.algebra import on_device
 from swaa_flex.block_mask import SERIAL, _listed, _moved, _ranges, bounded_on, layout, list_width, row_block_bounds
-from swaa_flex.masks import causal, from_mask_mod, heads, offset, packed, rows_from, sinks, window
+from swaa_flex.masks import (
+    causal,
+    from_mask_mod,
+    heads,
+    kv_positions,
+    left_padded,
+    offset,
+    packed,
+    rows_from,
+    rows_where,
+    sinks,
+    sinks_and_tail,
+    window,
+)
 
 
 def listed(num: torch.Tensor, indices: torch.Tensor, columns: int) -> torch.Tensor:
@@ -66,6 +82,81 @@ def test_window_and_sinks_give_the_blocks_of_create_block_mask(length, sliding_w
     stock = create_block_mask(mask, None, None, length, length, device="cpu")
     for mine, theirs in zip(blocks(ours), blocks(stock), strict=True):
         assert torch.equal(mine, theirs)
+
+
+COMPACT = causal() & (window(256) | sinks(4))
+
+
+@pytest.mark.parametrize("blocks", [1, 5, 6, 7, 16])
+def test_methods_of_compact_lists_are_those_of_stock_ones(blocks):
+    length = 128 * blocks - 3
+    ours = build_block_mask(COMPACT, length, length)
+    stock = create_block_mask(COMPACT, None, None, length, length, device="cpu")
+    assert isinstance(ours, BlockMask)
+    for mine, theirs in ((ours, stock), (ours[0], stock[0]), (ours[:, :, 1:], stock[:, :, 1:])):
+        assert torch.equal(mine.to_dense(), theirs.to_dense())
+        assert mine.to_string() == theirs.to_string()
+        assert str(mine) == str(theirs)
+        assert mine.sparsity() == theirs.sparsity()
+    assert torch.equal(copy.deepcopy(ours).to("cpu").to_dense(), stock.to_dense())
+    for width in (ours.with_full_lists().kv_indices.shape[-1], stock.kv_indices.shape[-1]):
+        assert width == blocks
+
+
+@pytest.mark.parametrize("blocks", [5, 6, 7, 16])
+def test_full_lists_can_be_transposed(blocks):
+    length = 128 * blocks
+    full = build_block_mask(COMPACT, length, length).with_full_lists()
+    lists = full.kv_num_blocks, full.kv_indices, full.full_kv_num_blocks, full.full_kv_indices
+    ours = BlockMask.from_kv_blocks(*lists, mask_mod=COMPACT, seq_lengths=(length, length))
+    stock = create_block_mask(COMPACT, None, None, length, length, device="cpu")
+    for prefix in ("", "full_"):
+        mine, theirs = (
+            listed(getattr(x, f"{prefix}q_num_blocks"), getattr(x, f"{prefix}q_indices"), blocks)
+            for x in (ours, stock)
+        )
+        assert torch.equal(mine, theirs)
+
+
+def test_sliced_lists_of_the_backward_pass_are_transposed_again():
+    mask = heads([True, False], COMPACT, causal())
+    bounds = row_block_bounds(mask, 2048, 2048, 128, "cpu")
+    built = layout(mask, bounds, 2048, 2048, device="cpu", needs_grad=True)
+    part = built[:, :, 2:5]
+    assert torch.equal(part.to_dense(), built.to_dense()[:, :, 2:5])
+    dense = listed(part.q_num_blocks, part.q_indices, 3) | listed(part.full_q_num_blocks, part.full_q_indices, 3)
+    assert torch.equal(dense, part.to_dense().bool().transpose(-1, -2))
+
+
+def test_what_compact_lists_cannot_do_is_refused_with_a_way_out():
+    built = build_block_mask(COMPACT, 2048, 2048)
+    with pytest.raises(MaskError, match="with_full_lists"):
+        type(built).from_kv_blocks(built.kv_num_blocks, built.kv_indices)
+    with pytest.raises(MaskError, match=r"cannot be cut to \(1024, 1024\); build them"):
+        built._adjust(1024, 1024)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        heads([True, False], causal(), causal() & window(128)),
+        packed(causal(), document_ids=torch.arange(1024) // 300),
+        kv_positions(causal() & rows_from(torch.tensor([3])), torch.arange(1024)),
+        left_padded(sinks_and_tail(causal(), 4, start=torch.tensor(40)), torch.ones(1024)),
+        offset(rows_where(torch.arange(1024) % 2 == 0), kv=torch.tensor(3)),
+    ],
+    ids=repr,
+)
+def test_what_a_mask_holds_on_the_cpu_goes_where_the_query_is(mask):
+    for built in (
+        build_block_mask(mask, 1024, 1024, heads=2, device="meta"),
+        build_block_mask(mask, 1024, 1024, heads=2).to("meta"),
+    ):
+        assert built.kv_indices.device.type == "meta"
+        index = torch.zeros(1, dtype=torch.long, device="meta")
+        assert built.mask_mod(index, index, index, index).device.type == "meta"
+    assert on_device(mask, torch.device("cpu")) is mask
+    assert on_device(causal() & window(3), torch.device("meta")) == causal() & window(3)
 
 
 @pytest.mark.parametrize("q_offset", [0, 1, 500, 872])

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_mask
 import swaa_flex
 from swaa_flex import MaskError
 from swaa_flex.algebra import has_single_number, inlined, only_integers, per_sequence
+from swaa_flex.block_mask import layout, row_block_bounds
 from swaa_flex.masks import (
     causal,
     documents,
@@ -225,6 +226,12 @@ def test_structure_ignores_values():
         (lambda: kv_positions(causal(), torch.tensor([0.5])), "kv_positions takes integers"),
         (lambda: from_mask_mod(3), "from_mask_mod takes a function"),
         (lambda: window(1 << 40), "at most"),
+        (lambda: rows_from(-1 << 40), r"rows_from\(-1099511627776\): expected an integer of at least -1073741823"),
+        (lambda: offset(causal(), q=1 << 31), r"offset\(2147483648\): expected an integer of at most 1073741823"),
+        (lambda: offset(causal(), q=1 << 70), "expected an integer of at most 1073741823"),
+        (lambda: offset(causal(), kv=numpy.int64(-1 << 32)), "expected an integer of at least -1073741823"),
+        (lambda: sinks_and_tail(causal(), 4, start=1 << 31), "sinks_and_tail: start.2147483648.: expected"),
+        (lambda: sinks_and_tail(causal(), 4, start=4.5), "sinks_and_tail: start takes an integer, not 4.5"),
         (lambda: documents([0, 0, 1]), r"documents takes integers .*not \[0, 0, 1\]"),
         (lambda: rows_where([True]), r"rows_where takes a bool tensor .*not \[True\]"),
         (lambda: rows_from(torch.tensor([True])), "rows_from takes .*not bool"),
@@ -249,6 +256,37 @@ def test_bad_input_names_the_value_and_what_was_expected(make, message):
         make()
 
 
+FLAGS, IDS, ONES = torch.arange(8) % 3 == 0, torch.arange(8) // 3, torch.ones(8, dtype=torch.long)
+COPIED = {
+    "rows_where": (rows_where, FLAGS, ~FLAGS),
+    "documents": (documents, IDS, 0 * IDS),
+    "documents of a single batch": (documents, IDS[None], 0 * IDS[None]),
+    "packed": (lambda ids: packed(causal() & sinks(1), document_ids=ids), IDS, 0 * IDS),
+    "packed positions": (lambda ids: packed(causal() & sinks(1), position_ids=ids), IDS, 0 * IDS),
+    "left_padded": (lambda ones: left_padded(causal() & sinks(1), ones), ONES, torch.arange(8) // 3),
+}
+READ = {
+    "kv_positions": (lambda slots: kv_positions(causal(), slots), IDS, IDS.flip(0)),
+    "rows_from": (rows_from, torch.tensor([2]), torch.tensor([5])),
+    "heads": (lambda flags: heads(flags, causal(), sinks(1)), torch.tensor([True]), torch.tensor([False])),
+    "offset": (lambda by: offset(causal(), q=by), torch.tensor(2), torch.tensor(5)),
+    "sinks_and_tail": (lambda by: sinks_and_tail(causal(), 2, start=by), torch.tensor(3), torch.tensor(0)),
+}
+
+
+@pytest.mark.parametrize("name", [*COPIED, *READ])
+def test_a_tensor_that_changes_is_seen_as_it_was_or_as_it_is(name):
+    """By pairs and blocks alike: tables are copied, numbers and slots read at each call."""
+    make, before, after = (COPIED | READ)[name]
+    tensor = before.clone()
+    mask = make(tensor)
+    tensor.copy_(after)
+    expected = make(before.clone() if name in COPIED else after.clone())
+    assert (picture(make(before), 8, 8) == picture(make(after), 8, 8)) is False
+    assert picture(mask, 8, 8) == picture(expected, 8, 8)
+    assert torch.equal(listed(mask, 8, 8), listed(expected, 8, 8))
+
+
 def test_numbers_of_numpy_are_numbers():
     three, flags = numpy.int64(3), numpy.array([True, False])
     assert offset(causal(), q=three) == offset(causal(), q=3)
@@ -271,32 +309,130 @@ LONG = torch.arange(8) // 4  # two documents
         (packed(causal(), document_ids=LONG), 8, 8),
         (heads([True], documents(LONG), causal()), 8, 8),
         (offset(documents(LONG), q=2, kv=-1), 6, 9),
-        (offset(documents(LONG), q=torch.tensor(2)), None, 8),
+        (offset(documents(LONG), q=torch.tensor(2)), 6, 8),
+        (offset(documents(LONG) & causal(), q=torch.tensor(-2), kv=torch.tensor(1)), 10, 7),
+        (offset(causal() & offset(documents(LONG), q=3), q=2), 3, 8),
         (left_padded(causal(), torch.ones(2, 8)), None, None),
         (left_padded(documents(LONG), torch.ones(8)), None, None),
         (sinks_and_tail(rows_where(LONG.bool()), 2, start=4), 8, None),
+        (sinks_and_tail(documents(LONG), 2, start=4), 8, 6),
+        (sinks_and_tail(documents(LONG), 2, start=torch.tensor([4, 3]), first=torch.tensor([0, 1])), 8, 6),
+        (sinks_and_tail(documents(LONG), 4, start=6, first=5), 8, 6),
+        (sinks_and_tail(documents(LONG), 4, start=20, first=5), 8, 3),
         (causal() & window(4), None, None),
     ],
 )
 def test_tables_are_for_as_many_rows_and_keys_as_they_have_entries(mask, rows, keys):
-    assert mask.table_sizes == (rows, keys)
     batch, number = mask.batch_size, mask.num_heads
     most_rows, most_keys = rows or 20, keys or 20
     for make in (swaa_flex.build_block_mask, swaa_flex.plan):
         make(mask, most_rows, most_keys, batch=batch, heads=number)
         if rows:
-            with pytest.raises(MaskError, match=f"a table for {rows} query rows, but it is used with {rows + 1}"):
+            with pytest.raises(MaskError, match="holds a table for 8 query rows, but it is used with 9, offsets incl"):
                 make(mask, rows + 1, most_keys, batch=batch, heads=number)
+            with pytest.raises(MaskError, match="holds a table for 8 query rows, but it is used with 9"):
+                make(mask, rows, most_keys, batch=batch, heads=number, q_offset=1)
         if keys:
-            with pytest.raises(MaskError, match=f"a table for {keys} keys, but it is used with {keys + 1}"):
+            with pytest.raises(MaskError, match=r"holds a table for [38] keys, but it is used with \d+, offsets incl"):
                 make(mask, most_rows, keys + 1, batch=batch, heads=number)
-    if rows and not isinstance(getattr(mask, "q", 0), torch.Tensor):
-        with pytest.raises(MaskError, match=f"for {rows - 2} query rows, but it is used with {rows}"):
-            swaa_flex.build_block_mask(mask, rows, most_keys, batch=batch, heads=number, q_offset=2)
 
 
-def test_masks_of_different_batches_do_not_combine():
-    mask = rows_from(torch.tensor([1, 2])) | rows_from(torch.tensor([1, 2, 3]))
+FIRST_FLAG = torch.arange(64) == 0
+BEYOND = {
+    "rows before": (offset(rows_where(FIRST_FLAG), q=-4), {4: range(8)}),
+    "rows after": (offset(rows_where(~FIRST_FLAG[:3]), q=torch.tensor(-1)), {2: range(8), 3: range(8)}),
+    "document rows after": (offset(documents(torch.arange(6) // 3), q=torch.tensor(4)), {0: [3, 4, 5], 1: [3, 4, 5]}),
+    "document keys after": (
+        offset(documents(torch.arange(6) // 3), kv=torch.tensor(4)),
+        {3: [0, 1], 4: [0, 1], 5: [0, 1]},
+    ),
+    "packed rows after": (
+        offset(packed(causal(), document_ids=LONG), q=torch.tensor(6)),
+        {0: [4, 5, 6], 1: [4, 5, 6, 7]},
+    ),
+    "positions after": (
+        kv_positions(documents(LONG[:5]), torch.arange(2, 10)),
+        {row: [0, 1] for row in range(4)} | {4: [2]},
+    ),
+    "slots after": (
+        offset(kv_positions(window(99), torch.arange(3)), kv=torch.tensor(1)),
+        {row: [0, 1] for row in range(8)},
+    ),
+    "padded rows after": (left_padded(rows_where(FIRST_FLAG[:2]), torch.ones(8)), {0: range(8)}),
+    "packed short rows": (packed(rows_where(FIRST_FLAG[:2]), document_ids=LONG), {0: range(4), 4: range(4, 8)}),
+    "slots before": (
+        offset(sinks_and_tail(causal(), 4, start=2), kv=-6),
+        {0: [6]} | {row: [6, 7] for row in range(1, 8)},
+    ),
+}
+
+
+@pytest.mark.parametrize(("mask", "expected"), BEYOND.values(), ids=BEYOND)
+def test_beyond_a_table_nothing_is_seen_by_pairs_and_by_blocks(mask, expected):
+    pairs = visible_pairs(mask, 8, 8)[0, 0]
+    assert {row: keys.nonzero().flatten().tolist() for row, keys in enumerate(pairs) if keys.any()} == {
+        row: list(keys) for row, keys in expected.items()
+    }
+    assert not (pairs & ~listed(mask, 8, 8)).any()
+
+
+def listed(mask, q_len, kv_len):
+    """Pairs in block lists that are made unchecked, as in a compiled graph or with numbers on a GPU."""
+    bounds = row_block_bounds(mask, q_len, kv_len, 1, "cpu")
+    return layout(mask, bounds, q_len, kv_len, device="cpu", block_size=1).to_dense()[0, 0].bool()
+
+
+FAR = (1 << 30) - 1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        offset(causal(), q=FAR),
+        offset(causal(), q=torch.tensor(1 << 31)),
+        offset(causal(), kv=torch.tensor(-1 << 31)),
+        offset(offset(causal(), q=FAR // 2), q=FAR // 2 + 2),
+        offset(causal() | offset(window(9), kv=-FAR), kv=-3),
+        heads([True], sinks_and_tail(causal(), 0, start=torch.tensor(FAR)), causal()),
+    ],
+)
+def test_positions_beyond_the_limit_are_refused(mask):
+    for make in (swaa_flex.build_block_mask, swaa_flex.plan):
+        with pytest.raises(MaskError, match="offsets included: expected at most 1073741823 either way"):
+            make(mask, 5, 5, heads=1)
+
+
+@pytest.mark.parametrize("far", [FAR - 4, -FAR])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_positions_up_to_the_limit_are_right(far, on_host):
+    by = far if on_host else torch.tensor(far)
+    some = heads([True], causal() & window(2), everything()) | rows_from(torch.tensor(9))
+    for mask, expected in (
+        (offset(causal() & window(2), q=by, kv=by), [1, 2, 2, 2, 2]),
+        (offset(some, q=by, kv=by), [1, 2, 2, 2, 2] if far < 0 else [5] * 5),
+        (offset(rows_from(0) & ~heads([True], causal(), window(3)), q=3, kv=by), [0] * 5 if far < 0 else [5] * 5),
+    ):
+        pairs = visible_pairs(mask, 5, 5)[0, 0]
+        assert pairs.sum(-1).tolist() == expected
+        assert torch.equal(listed(mask, 5, 5), pairs)
+        if on_host:
+            swaa_flex.build_block_mask(mask, 5, 5, heads=1)
+
+
+TWO, THREE = (rows_from(torch.arange(n)) for n in (2, 3))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        TWO | THREE,
+        kv_positions(THREE, torch.zeros(2, 8, dtype=torch.long)),
+        packed(TWO, document_ids=torch.zeros(3, 8, dtype=torch.long)),
+        left_padded(THREE, torch.ones(2, 8)),
+        sinks_and_tail(THREE, 2, start=torch.tensor([4, 5])),
+    ],
+)
+def test_masks_of_different_batches_do_not_combine(mask):
     with pytest.raises(MaskError, match=r"batch_size \[2, 3\]"):
         swaa_flex.build_block_mask(mask, 8, 8, batch=2)
 

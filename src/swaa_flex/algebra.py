@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -16,8 +16,11 @@ from .intervals import EVERYTHING, Bounds, Rows
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-TableSizes = tuple[int | None, int | None]
-"""Rows and keys."""
+LARGEST = (1 << 30) - 1
+"""Positions are int32, and so is the difference of two of them."""
+
+Span = tuple[int, int] | None
+"""First and past-the-last index of query rows or keys, None if unknown."""
 
 
 class Mask:
@@ -69,11 +72,6 @@ class Mask:
         return self._common("num_heads")
 
     @property
-    def table_sizes(self) -> TableSizes:
-        """Query rows and keys that the tables in the mask have entries for, or None where any number will do."""
-        return smallest(mask.table_sizes for value in self._values() for mask in _masks_in(value))
-
-    @property
     def looks_at_heads(self) -> bool:
         """Whether its answer may depend on the head."""
         parts = (mask for value in self._values() for mask in _masks_in(value))
@@ -83,6 +81,16 @@ class Mask:
     def structure(self) -> tuple[Any, ...]:
         """What kind of mask this is, without its values: masks of one structure share compiled code."""
         return (type(self).__name__, *(_structure(value) for value in self._values()))
+
+    def check_indices(self, rows: Span, keys: Span) -> None:
+        """Refuses query rows and keys that a table in the mask has no entry for, or that lie beyond `LARGEST`.
+
+        What is not known on the host is not refused: the mask shows nothing to rows outside of a table and never shows
+        keys outside of one, and its bounds agree.
+        """
+        for value in self._values():
+            for mask in _masks_in(value):
+                mask.check_indices(rows, keys)
 
     def for_rows(self, first: int, last: int) -> Mask:
         """An equal mask for query rows `first` to `last` (inclusive), simpler where that is known.
@@ -110,8 +118,9 @@ class Mask:
     def _identity(self) -> tuple[Any, ...]:
         return (type(self), *(_identity(value) for value in self._values()))
 
-    def _common(self, attribute: str) -> int | None:
-        sizes = {getattr(mask, attribute) for value in self._values() for mask in _masks_in(value)} - {None}
+    def _common(self, attribute: str, own: int | None = None) -> int | None:
+        parts = (mask for value in self._values() for mask in _masks_in(value))
+        sizes = {own, *(getattr(mask, attribute) for mask in parts)} - {None}
         if len(sizes) > 1:
             raise MaskError(
                 f"the parts of {self!r} hold tensors for different numbers ({attribute} "
@@ -220,15 +229,58 @@ class Not(Mask):
         return f"~{_parenthesised(self.mask, self._precedence)}"
 
 
-def smallest(sizes: Iterable[TableSizes]) -> TableSizes:
-    """What all of the tables have entries for."""
-    rows, keys = zip((None, None), *sizes, strict=True)
-    return tuple(min((n for n in found if n is not None), default=None) for found in (rows, keys))  # type: ignore[return-value]
+def shifted(mask: Mask, name: str, span: Span, by: int | Tensor) -> Span:
+    """The indices at which `mask` evaluates the mask in it, if it adds `by`."""
+    known = known_range(by)
+    return (
+        None if span is None or known is None else within_reach(mask, name, (span[0] + known[0], span[1] + known[1]))
+    )
+
+
+def within_reach(mask: Mask, name: str, span: tuple[int, int]) -> Span:
+    """Indices that a mask evaluates the mask in it at."""
+    first, stop = span
+    if max(-first, stop - 1) > LARGEST:
+        raise MaskError(
+            f"{mask!r} is used at {name} {first} to {stop - 1}, offsets included: expected at most {LARGEST} either "
+            "way"
+        )
+    return span
+
+
+def known_range(value: int | Tensor) -> tuple[int, int] | None:
+    """Smallest and largest number, if the host knows them without waiting for a device."""
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, Tensor) and value.device.type == "cpu" and value.numel():
+        return int(value.amin()), int(value.amax())
+    return None
+
+
+def check_table(mask: Mask, name: str, length: int, span: Span) -> None:
+    """Refuses indices after the last entry of a table of a mask; before the first there is nothing to see."""
+    if span is not None and span[1] > length:
+        raise MaskError(
+            f"{mask!r} holds a table for {length} {name}, but it is used with {span[1]}, offsets included; give the "
+            "table an entry for each of them"
+        )
 
 
 def negated(mask: Mask) -> Mask:
     """`~mask`, spelled so that torch.compile can trace it (2.11 to 2.13 do not know `~` of an object)."""
     return mask.mask if isinstance(mask, Not) else Not(mask)
+
+
+def on_device(mask: Mask, device: torch.device) -> Mask:
+    """The same mask with its tensors on a device, if some are on the CPU: copies of them, or the mask itself."""
+    if device.type == "cpu" or all(not _on_cpu(part) for part in _parts(mask)):
+        return mask
+    moved: Mask = _mapped(mask, lambda value: value.to(device, non_blocking=True) if _on_cpu(value) else value)
+    return moved
+
+
+def _on_cpu(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu"
 
 
 def with_tensors(mask: Mask, device: torch.device) -> Mask:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 
-from .algebra import Mask, checked, has_tensor, is_whole
+from .algebra import LARGEST, Mask, checked, has_tensor, is_whole, on_device
+from .compact import CompactBlockMask
 from .errors import MaskError
 from .intervals import Bounds, Interval, Linear, Rows, Union, symbolic
-from .masks import LARGEST, offset
+from .masks import offset
 
 BLOCK_SIZE = 128
 """Rows and keys per block, FlexAttention's default sparse block size."""
@@ -40,7 +40,7 @@ def build_block_mask(
     device: torch.device | str = "cpu",
     block_size: BlockSize = BLOCK_SIZE,
     q_offset: int | Tensor = 0,
-) -> BlockMask:
+) -> CompactBlockMask:
     """The `BlockMask` of a mask, from its geometry.
 
     Its lists are compact: as wide as the longest list can be, not as the number of kv blocks; the batch and
@@ -53,13 +53,14 @@ def build_block_mask(
         kv_len: number of keys.
         batch: number of sequences, or None for one mask for all.
         heads: number of query heads, or None for one mask for all.
-        device: where to build, the device of the query.
+        device: where to build, the device of the query. What the mask holds on the CPU is copied there.
         block_size: rows and keys per block, one number or both.
         q_offset: added to query indices, an int or a 0-d integer tensor.
 
     Returns:
-        A stock `BlockMask` for `torch.nn.attention.flex_attention`, without the query-side lists that only the
-        backward pass needs (`swaa_flex.plan(..., needs_grad=True)` adds them).
+        A `BlockMask` for `torch.nn.attention.flex_attention`, without the query-side lists that only the backward pass
+        needs (`swaa_flex.plan(..., needs_grad=True)` adds them). Code that takes the width of its lists for the number
+        of kv blocks needs those of its method `with_full_lists`.
 
     Raises:
         MaskError: if a length or block size is not positive, or the mask holds tensors for another batch, number of
@@ -76,6 +77,7 @@ def build_block_mask(
         raise MaskError(f"block_size={block_size!r}: expected at least 1 row and key per block, one number or both")
     shifted = offset(checked("mask", mask), q=q_offset)
     check_sizes(shifted, q_len, kv_len, batch, heads)
+    shifted = on_device(shifted, torch.device(device))
     here = bounded_on(shifted, torch.device(device))
     bounds = row_block_bounds(shifted, q_len, kv_len, sides[0], here)
     return layout(shifted, bounds, q_len, kv_len, device=device, bounds_device=here, block_size=sides)
@@ -103,7 +105,7 @@ def layout(
     full_width: bool = False,
     separate_full: bool = True,
     needs_grad: bool = False,
-) -> BlockMask:
+) -> CompactBlockMask:
     """`build_block_mask` with the choices that differ between kernels.
 
     Args:
@@ -136,7 +138,7 @@ def layout(
         lists[f"{prefix}kv_num_blocks"], lists[f"{prefix}kv_indices"] = _listed(ranges, width, like, elsewhere)
         if needs_grad:
             lists[f"{prefix}q_num_blocks"], lists[f"{prefix}q_indices"] = _transposed(ranges, kv_blocks, like)
-    return BlockMask(
+    return CompactBlockMask(
         seq_lengths=(q_len, kv_len),
         kv_num_blocks=lists["kv_num_blocks"],
         kv_indices=lists["kv_indices"],
@@ -184,12 +186,7 @@ def check_sizes(mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: i
     if not torch.compiler.is_compiling():  # a graph is for lengths that vary
         if max(q_len, kv_len) > LARGEST:
             raise MaskError(f"q_len={q_len}, kv_len={kv_len}: expected at most {LARGEST} rows and keys")
-        for name, length, own in zip(("query rows", "keys"), (q_len, kv_len), mask.table_sizes, strict=True):
-            if own is not None and length > own:
-                raise MaskError(
-                    f"{mask!r} holds a table for {own} {name}, but it is used with {length}; give the table an entry "
-                    "for each of them"
-                )
+        mask.check_indices((0, q_len), (0, kv_len))
     check_batch_and_heads(mask, batch, heads)
 
 

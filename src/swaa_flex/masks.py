@@ -23,22 +23,23 @@ from torch import Tensor
 
 from . import intervals
 from .algebra import (
+    LARGEST,
     Everything,
     Mask,
     MaskMod,
-    TableSizes,
+    Span,
     brief,
     checked,
     describe,
     holds_integers,
     is_whole,
     negated,
+    shifted,
 )
 from .errors import MaskError
 from .intervals import EVERYTHING, NOTHING, Bounds, Interval, Linear, Rows, symbolic
 from .sequences import (
     Documents,
-    DocumentTable,
     KvPositions,
     Packed,
     Padded,
@@ -113,7 +114,7 @@ def rows_from(start: int | Tensor) -> Mask:
         if not holds_integers(start, 0, 1):
             raise MaskError(f"rows_from takes an int or an integer tensor [batch], not {describe(start)}")
         return _RowsFrom(start)
-    return _RowsFrom(_checked_int("rows_from", start, None))
+    return _RowsFrom(_checked_int("rows_from", start))
 
 
 def rows_where(flags: Tensor) -> Mask:
@@ -125,7 +126,7 @@ def rows_where(flags: Tensor) -> Mask:
     """
     if not isinstance(flags, Tensor) or flags.dtype != torch.bool or flags.dim() not in (1, 2):
         raise MaskError(f"rows_where takes a bool tensor [q_len] or [batch, q_len], not {describe(flags)}")
-    flat = drop_single_batch(flags)
+    flat = drop_single_batch(flags).clone()
     counts = torch.nn.functional.pad(flat.cumsum(-1, dtype=torch.int32), (1, 0))
     return RowsWhere(flags, flat, counts)
 
@@ -140,8 +141,7 @@ def documents(document_ids: Tensor) -> Mask:
     Raises:
         MaskError: if a document is not contiguous (checked on CPU tensors only: it needs the values).
     """
-    table = DocumentTable.of(document_ids, "documents")
-    return Documents(document_ids, table)
+    return Documents.of(document_ids, document_ids, "documents")
 
 
 def heads(selected: Tensor | Sequence[bool], then: Mask, otherwise: Mask) -> Mask:
@@ -183,13 +183,17 @@ def offset(mask: Mask, q: int | Tensor = 0, kv: int | Tensor = 0) -> Mask:
     Args:
         mask: any mask.
         q: added to query indices, an int or a 0-d integer tensor (which may change in place between calls).
-        kv: added to key indices, likewise.
+        kv: added to key indices, an int or a 0-d integer tensor too.
+
+    Raises:
+        MaskError: if `q` or `kv` is something else. Where the mask is used, also if indices and offsets add up to more
+            than 2^30 - 1 either way (not checked in tensors on other devices than the CPU).
     """
     for name, value in (("q", q), ("kv", kv)):
         if not (holds_integers(value, 0) if isinstance(value, Tensor) else is_whole(value)):
             raise MaskError(f"offset takes an int or a 0-d integer tensor for {name}, not {describe(value)}")
     checked("offset", mask)
-    q, kv = (v if isinstance(v, (int, Tensor, torch.SymInt)) else operator.index(v) for v in (q, kv))
+    q, kv = (v if isinstance(v, Tensor) else _checked_offset(v) for v in (q, kv))
     if isinstance(q, int) and isinstance(kv, int) and q == 0 and kv == 0:
         return mask
     return _Offset(mask, q, kv)
@@ -225,6 +229,8 @@ def sinks_and_tail(mask: Mask, sink_slots: int, *, start: int | Tensor, first: i
     for name, value in (("start", start), ("first", first)):
         if isinstance(value, Tensor) and not holds_integers(value, 0, 1):
             raise MaskError(f"sinks_and_tail: {name} is an int or integers [batch], not {describe(value)}")
+        if not isinstance(value, Tensor):
+            _checked_int(f"sinks_and_tail: {name}", value)
     return SinksAndTail(checked("sinks_and_tail", mask), _checked_int("sinks_and_tail", sink_slots, 0), start, first)
 
 
@@ -245,19 +251,18 @@ def packed(mask: Mask, *, document_ids: Tensor | None = None, position_ids: Tens
         raise MaskError("packed takes either document_ids= or position_ids=, exactly one of them")
     checked("packed", mask)
     if document_ids is not None:
-        return Packed(mask, document_ids, DocumentTable.of(document_ids, "packed"))
+        return Packed(mask, Documents.of(document_ids, document_ids, "packed"))
     if not holds_integers(position_ids, 1, 2):
         raise MaskError(f"packed takes integers [len] or [batch, len], not {describe(position_ids)}")
     assert position_ids is not None
     steps = position_ids.diff(dim=-1, prepend=position_ids[..., :1] - 1) != 1
-    table = DocumentTable.of(steps.cumsum(-1), "packed")
-    return Packed(mask, position_ids, table)
+    return Packed(mask, Documents.of(position_ids, steps.cumsum(-1), "packed"))
 
 
 def left_padded(mask: Mask, attention_mask: Tensor) -> Mask:
     """`mask` in each sequence's own positions, counted from its first real token; pads are never seen.
 
-    Padding on the right is allowed too; ones must be contiguous. Rows that are pads see nothing.
+    Padding on the right is allowed too; ones must be contiguous. Rows before the first real token see nothing.
 
     Args:
         mask: evaluated at positions counted from the first real token of each sequence.
@@ -446,30 +451,26 @@ class _Offset(Mask):
         q = self.q
         return tuple(row - q for row in self.mask.row_breaks())
 
-    @property
-    def table_sizes(self) -> TableSizes:
-        rows, keys = self.mask.table_sizes
-        return (
-            None if rows is None or isinstance(self.q, Tensor) else rows - self.q,
-            None if keys is None or isinstance(self.kv, Tensor) else keys - self.kv,
-        )
+    def check_indices(self, rows: Span, keys: Span) -> None:
+        self.mask.check_indices(shifted(self, "query rows", rows, self.q), shifted(self, "keys", keys, self.kv))
 
     def __repr__(self) -> str:
         moved = [f"{name}={brief(v)}" for name, v in (("q", self.q), ("kv", self.kv)) if not _is_zero(v)]
         return f"offset({', '.join([repr(self.mask), *moved])})"
 
 
+def _checked_offset(value: object) -> int:
+    return _checked_int("offset", value if isinstance(value, torch.SymInt) else operator.index(value))  # type: ignore[arg-type]
+
+
 def _is_zero(value: int | Tensor) -> bool:
     return not isinstance(value, Tensor) and value == 0
 
 
-LARGEST = (1 << 30) - 1  # positions are int32, and sums of two of them must fit
-
-
-def _checked_int(name: str, value: object, minimum: int | None) -> int:
+def _checked_int(name: str, value: object, minimum: int = -LARGEST) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise MaskError(f"{name} takes an integer, not {value!r}")
-    if minimum is not None and value < minimum:
+    if value < minimum:
         raise MaskError(f"{name}({value}): expected an integer of at least {minimum}")
     if isinstance(value, int) and value > LARGEST:
         raise MaskError(f"{name}({value}): expected an integer of at most {LARGEST}")

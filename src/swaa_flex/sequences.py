@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import intervals
-from .algebra import Mask, TableSizes, brief, describe, holds_integers
+from .algebra import Mask, Span, brief, check_table, describe, holds_integers, known_range, within_reach
 from .errors import MaskError
 from .intervals import EVERYTHING, NOTHING, Bounds, Interval, Linear, Rows, symbolic
 
@@ -23,7 +23,8 @@ class RowsWhere(Mask):
     lengths: Tensor | None = field(default=None, compare=False)
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return _look_up(self.flags, b, q_idx, self.lengths)
+        known, flag = _look_up(self.flags, b, q_idx, self.lengths)
+        return known & flag
 
     def with_lengths(self, entries: int) -> Mask:
         return replace(self, lengths=_lengths(self.flags, entries))
@@ -40,9 +41,8 @@ class RowsWhere(Mask):
     def batch_size(self) -> int | None:
         return _batch_of(self.flags)
 
-    @property
-    def table_sizes(self) -> TableSizes:
-        return self.flags.shape[-1], None
+    def check_indices(self, rows: Span, keys: Span) -> None:
+        check_table(self, "query rows", self.flags.shape[-1], rows)
 
     def __repr__(self) -> str:
         return f"rows_where({brief(self.source)})"
@@ -50,32 +50,76 @@ class RowsWhere(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Documents(Mask):
-    """See `masks.documents`."""
+    """See `masks.documents`. Per token, `[len]` or `[batch, len]`: the first token of its document, and its end."""
 
     source: Tensor
-    table: DocumentTable = field(compare=False)
+    starts: Tensor = field(compare=False)
+    stops: Tensor = field(compare=False)
+    lengths: Tensor | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, source: Tensor, document_ids: Tensor, user: str) -> Documents:
+        """Contiguous documents; `user` is named in errors."""
+        if not holds_integers(document_ids, 1, 2):
+            raise MaskError(f"{user} takes integers [len] or [batch, len], not {describe(document_ids)}")
+        ids = drop_single_batch(document_ids)
+        length = ids.shape[-1]
+        index = torch.arange(length, device=ids.device)
+        begins = ids.diff(dim=-1, prepend=ids[..., :1] - 1) != 0
+        starts = torch.where(begins, index, 0).cummax(-1).values
+        ends = ids.diff(dim=-1, append=ids[..., -1:] - 1) != 0
+        stops = torch.where(ends, index + 1, length).flip(-1).cummin(-1).values.flip(-1)
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            for row, (row_ids, row_begins) in enumerate(
+                zip(torch.atleast_2d(ids), torch.atleast_2d(begins), strict=True)
+            ):
+                numbers, times = row_ids[row_begins].unique(return_counts=True)
+                if bool((times > 1).any()):
+                    raise MaskError(
+                        f"{user}: document {numbers[times > 1][0].item()} of sequence {row} is not contiguous; "
+                        "give each stretch of tokens an id of its own"
+                    )
+        return cls(source, starts, stops)
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return self.table.same(b, q_idx, kv_idx)
+        known_row, own = _look_up(self.starts, b, q_idx, self.lengths)
+        known_key, other = _look_up(self.starts, b, kv_idx, self.lengths)
+        return known_row & known_key & (own == other)
+
+    def start_of(self, b: Tensor, q_idx: Tensor) -> Tensor:
+        """First token of the row's document."""
+        _, start = _look_up(self.starts, b, q_idx, self.lengths)
+        return start
 
     def with_lengths(self, entries: int) -> Mask:
-        return replace(self, table=self.table.with_lengths(entries))
+        return replace(self, lengths=_lengths(self.starts, entries))
 
     def bounds(self, rows: Rows) -> Bounds:
-        (start, _), (last_start, last_stop) = self.table.at(rows.first), self.table.at(rows.last)
-        _, first_stop = self.table.at(rows.first)
-        return Bounds(
-            (Interval((symbolic(start),), (symbolic(last_stop),)),),
-            (Interval((symbolic(last_start),), (symbolic(first_stop),)),),
-        )
+        (start, _), (last_start, last_stop) = self.at(rows.first), self.at(rows.last)
+        _, first_stop = self.at(rows.first)
+        every_row = Interval((symbolic(last_start),), (symbolic(first_stop),))
+        return Bounds((Interval((symbolic(start),), (symbolic(last_stop),)),), (every_row.when(self.known(rows)),))
+
+    def at(self, row: Linear) -> tuple[Tensor, Tensor]:
+        """First token and end of the document of a row per block (of the nearest row where that has none)."""
+        index = row.value()
+        assert isinstance(index, Tensor)
+        index = index.clamp(0, self.starts.shape[-1] - 1)
+        return _per_block(self.starts, index), _per_block(self.stops, index)
+
+    def known(self, rows: Rows) -> Tensor:
+        """Whether each row of a block has a document."""
+        first, last = rows.first.value(), rows.last.value()
+        assert isinstance(first, Tensor) and isinstance(last, Tensor)
+        return (first >= 0) & (last < self.starts.shape[-1])
 
     @property
     def batch_size(self) -> int | None:
-        return self.table.batch_size
+        return _batch_of(self.starts)
 
-    @property
-    def table_sizes(self) -> TableSizes:
-        return self.table.sizes
+    def check_indices(self, rows: Span, keys: Span) -> None:
+        check_table(self, "query rows", self.starts.shape[-1], rows)
+        check_table(self, "keys", self.starts.shape[-1], keys)
 
     def __repr__(self) -> str:
         return f"documents({brief(self.source)})"
@@ -91,8 +135,8 @@ class KvPositions(Mask):
     lengths: Tensor | None = field(default=None, compare=False)
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        position = _look_up(self.positions, b, kv_idx, self.lengths)
-        return (position >= 0) & self.mask(b, h, q_idx, position)
+        known, position = _look_up(self.positions, b, kv_idx, self.lengths)
+        return known & (position >= 0) & self.mask(b, h, q_idx, position)
 
     def with_lengths(self, entries: int) -> Mask:
         return replace(self, lengths=_lengths(self.positions, entries))
@@ -102,11 +146,11 @@ class KvPositions(Mask):
 
     @property
     def batch_size(self) -> int | None:
-        return _batch_of(self.positions) or self.mask.batch_size
+        return self._common("batch_size", _batch_of(self.positions))
 
-    @property
-    def table_sizes(self) -> TableSizes:
-        return self.mask.table_sizes[0], self.positions.shape[-1]
+    def check_indices(self, rows: Span, keys: Span) -> None:
+        check_table(self, "keys", self.positions.shape[-1], keys)
+        self.mask.check_indices(rows, None)
 
     def __repr__(self) -> str:
         return f"kv_positions({self.mask!r}, {brief(self.source)})"
@@ -117,22 +161,19 @@ class Packed(Mask):
     """See `masks.packed`."""
 
     mask: Mask
-    source: Tensor
-    table: DocumentTable = field(compare=False)
+    documents: Documents
 
     def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        start = self.table.start_of(b, q_idx)
-        return self.table.same(b, q_idx, kv_idx) & self.mask(b, h, q_idx - start, kv_idx - start)
-
-    def with_lengths(self, entries: int) -> Mask:
-        return replace(self, table=self.table.with_lengths(entries))
+        start = self.documents.start_of(b, q_idx)
+        return self.documents(b, h, q_idx, kv_idx) & self.mask(b, h, q_idx - start, kv_idx - start)
 
     def bounds(self, rows: Rows) -> Bounds:
         """Keys of the block's first document, of those that begin and end inside the block, of the last."""
-        first_start, first_stop = (symbolic(v) for v in self.table.at(rows.first))
-        last_start, last_stop = (symbolic(v) for v in self.table.at(rows.last))
+        first_start, first_stop = (symbolic(v) for v in self.documents.at(rows.first))
+        last_start, last_stop = (symbolic(v) for v in self.documents.at(rows.last))
         one_document = last_start.value() == first_start.value()
         assert isinstance(one_document, Tensor)
+        one_document = one_document & self.documents.known(rows)
         first = self._in_document(rows, first_start, first_stop)
         last = self._in_document(rows, last_start, last_stop)
         between = Interval((first_stop, rows.first), (last_start, rows.last.plus(1)))
@@ -145,16 +186,12 @@ class Packed(Mask):
         own = self.mask.bounds(rows.shift(Linear().minus(start)))
         return own.shift(start).clip(Interval((start,), (stop,)))
 
-    @property
-    def batch_size(self) -> int | None:
-        return self.table.batch_size or self.mask.batch_size
-
-    @property
-    def table_sizes(self) -> TableSizes:
-        return self.table.sizes
+    def check_indices(self, rows: Span, keys: Span) -> None:
+        self.documents.check_indices(rows, keys)
+        self.mask.check_indices(None, None)
 
     def __repr__(self) -> str:
-        return f"packed({self.mask!r}, {brief(self.source)})"
+        return f"packed({self.mask!r}, {brief(self.documents.source)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -182,11 +219,10 @@ class Padded(Mask):
 
     @property
     def batch_size(self) -> int | None:
-        return self.first.shape[0] if self.first.dim() == 1 else self.mask.batch_size
+        return self._common("batch_size", self.first.shape[0] if self.first.dim() == 1 else None)
 
-    @property
-    def table_sizes(self) -> TableSizes:
-        return None, None  # of positions; keys after the attention mask are pads
+    def check_indices(self, rows: Span, keys: Span) -> None:
+        self.mask.check_indices(None, None)  # keys after the attention mask are pads
 
     def __repr__(self) -> str:
         return f"left_padded({self.mask!r}, {brief(self.source)})"
@@ -209,7 +245,7 @@ class SinksAndTail(Mask):
         )
         in_tail = kv_idx >= self.sink_slots
         column = kv_idx + torch.where(in_tail, start - self.sink_slots, first)
-        held = torch.where(in_tail, column >= first, column < start)
+        held = (column >= first) & (in_tail | (column < start))
         return held & self.mask(b, h, q_idx, column)
 
     def bounds(self, rows: Rows) -> Bounds:
@@ -231,11 +267,19 @@ class SinksAndTail(Mask):
     @property
     def batch_size(self) -> int | None:
         ends = [v for v in (self.start, self.first) if isinstance(v, Tensor) and v.dim() == 1 and v.shape[0] > 1]
-        return ends[0].shape[0] if ends else self.mask.batch_size
+        return self._common("batch_size", ends[0].shape[0] if ends else None)
 
-    @property
-    def table_sizes(self) -> TableSizes:
-        return self.mask.table_sizes[0], None
+    def check_indices(self, rows: Span, keys: Span) -> None:
+        self.mask.check_indices(rows, None if keys is None else self._keys(keys))
+
+    def _keys(self, slots: tuple[int, int]) -> Span:
+        """The keys that are in slots, if the host knows them."""
+        first, start = known_range(self.first), known_range(self.start)
+        if first is None or start is None:
+            return None
+        last_sink = min(start[1], first[1] + min(slots[1], self.sink_slots))
+        stop = last_sink if slots[1] <= self.sink_slots else start[1] + slots[1] - self.sink_slots
+        return within_reach(self, "keys", (first[0], max(stop, last_sink)))
 
     def __repr__(self) -> str:
         return (
@@ -243,74 +287,12 @@ class SinksAndTail(Mask):
         )
 
 
-@dataclass(frozen=True, eq=False)
-class DocumentTable:
-    """Per token: the number, the first token and the end of its document, each `[len]` or `[batch, len]`."""
-
-    ids: Tensor
-    starts: Tensor
-    stops: Tensor
-    lengths: Tensor | None = None
-
-    @classmethod
-    def of(cls, document_ids: Tensor, user: str) -> DocumentTable:
-        """The table of contiguous documents; `user` is named in errors."""
-        if not holds_integers(document_ids, 1, 2):
-            raise MaskError(f"{user} takes integers [len] or [batch, len], not {describe(document_ids)}")
-        ids = drop_single_batch(document_ids)
-        length = ids.shape[-1]
-        index = torch.arange(length, device=ids.device)
-        begins = ids.diff(dim=-1, prepend=ids[..., :1] - 1) != 0
-        starts = torch.where(begins, index, 0).cummax(-1).values
-        ends = ids.diff(dim=-1, append=ids[..., -1:] - 1) != 0
-        stops = torch.where(ends, index + 1, length).flip(-1).cummin(-1).values.flip(-1)
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            for row, (row_ids, row_begins) in enumerate(
-                zip(torch.atleast_2d(ids), torch.atleast_2d(begins), strict=True)
-            ):
-                numbers, times = row_ids[row_begins].unique(return_counts=True)
-                if bool((times > 1).any()):
-                    raise MaskError(
-                        f"{user}: document {numbers[times > 1][0].item()} of sequence {row} is not contiguous; "
-                        "give each stretch of tokens an id of its own"
-                    )
-        return cls(ids, starts, stops)
-
-    @property
-    def batch_size(self) -> int | None:
-        return _batch_of(self.ids)
-
-    @property
-    def sizes(self) -> TableSizes:
-        """See `Mask.table_sizes`."""
-        return self.ids.shape[-1], self.ids.shape[-1]
-
-    def same(self, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        """Whether row and key are of one document."""
-        return _look_up(self.ids, b, q_idx, self.lengths) == _look_up(self.ids, b, kv_idx, self.lengths)
-
-    def start_of(self, b: Tensor, q_idx: Tensor) -> Tensor:
-        """First token of the row's document."""
-        return _look_up(self.starts, b, q_idx, self.lengths)
-
-    def with_lengths(self, entries: int) -> DocumentTable:
-        """See `Mask.with_lengths`."""
-        return replace(self, lengths=_lengths(self.ids, entries))
-
-    def at(self, row: Linear) -> tuple[Tensor, Tensor]:
-        """First token and end of the document of a row per block (rows past the last count as the last)."""
-        index = row.value()
-        assert isinstance(index, Tensor)
-        index = index.clamp(0, self.ids.shape[-1] - 1)
-        return _per_block(self.starts, index), _per_block(self.stops, index)
-
-
-def _look_up(table: Tensor, b: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
-    # Inside other combinators indices can point past the sequence; those pairs are masked, but must not be read.
-    # (Not clamp: FlexAttention's FLASH backend knows no maximum, torch 2.11.)
+def _look_up(table: Tensor, b: Tensor, index: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Whether a table has an entry at an index, and the entry (its first one where not)."""
     length = table.shape[-1] if lengths is None else lengths[b]
-    index = torch.where((index >= 0) & (index < length), index, 0)
-    return table[index] if table.dim() == 1 else table[b, index]
+    known = (index >= 0) & (index < length)
+    index = torch.where(known, index, 0)  # not clamp: FlexAttention's FLASH backend knows no maximum (torch 2.11)
+    return known, table[index] if table.dim() == 1 else table[b, index]
 
 
 def _lengths(table: Tensor, entries: int) -> Tensor:

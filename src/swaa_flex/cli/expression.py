@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from .. import masks, recipes
+from ..algebra import LARGEST
 from ..errors import MaskError, did_you_mean
 from ..masks import Mask
 
@@ -115,8 +116,8 @@ class _Reader:
             value = value.value
         if not isinstance(value, int) or isinstance(value, bool):
             self.wrong(node, "expected a whole number such as 64 here")
-        if value > masks.LARGEST:
-            self.wrong(node, f"expected a number of at most {masks.LARGEST:,}".replace(",", "_"))
+        if value > LARGEST:
+            self.wrong(node, f"expected a number of at most {LARGEST:,}".replace(",", "_"))
         return sign * value
 
     def unknown(self, node: ast.expr, name: str) -> NoReturn:
