@@ -114,6 +114,7 @@ def test_rows_of_the_reference_format_and_chats_become_samples(tmp_path):
         {"messages": chat("a", "b", "c"), "answer": None},
         {"messages": chat("a", "b")},
         {"messages": [{"role": "system", "content": "s", "tool_calls": None}, *chat("a", "b")], "answer": "ref"},
+        {"messages": [chat("a")[0] | {"name": ""}, chat("a", "b")[1] | {"tool_calls": [], "annotations": {}}]},
         json.dumps({"prompt": "no newline at the end"}),
     )
     samples, bad = read_samples(path)
@@ -123,9 +124,10 @@ def test_rows_of_the_reference_format_and_chats_become_samples(tmp_path):
         Sample(tuple(chat("a", "b", "c")), None, None, 2),
         Sample(tuple(chat("a", "b")), "b", None, 3),
         Sample(({"role": "system", "content": "s"}, *chat("a", "b")), "ref", None, 4),
-        Sample(({"role": "user", "content": "no newline at the end"},), None, None, 5),
+        Sample(tuple(chat("a", "b")), "b", None, 5),
+        Sample(({"role": "user", "content": "no newline at the end"},), None, None, 6),
     ]
-    assert [len(sample.prompt) for sample in samples] == [1, 3, 1, 2, 1]
+    assert [len(sample.prompt) for sample in samples] == [1, 3, 1, 2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,8 @@ def test_rows_of_the_reference_format_and_chats_become_samples(tmp_path):
         ({"messages": [{"role": "asistant", "content": "x"}]}, "message 0 has role 'asistant', .*'assistant'"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"message 0 has role \['user'\]"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages holds nothing to be answered"),
+        ({"messages": [chat("a")[0] | {"tool_calls": [{}]}]}, "message 0 has 'tool_calls'; expected role and content"),
+        ({"messages": [chat("a")[0] | {"weight": 0}]}, "message 0 has 'weight'; expected role and content"),
         (
             {"messages": [*chat("a"), {"role": "assistant", "content": "b", "reasoning_content": "c"}]},
             "message 1 has 'r",
@@ -214,6 +218,64 @@ def test_parquet_rows_become_the_same_samples(tmp_path):
     (tmp_path / "text.parquet").write_text("not parquet at all")
     with pytest.raises(ConfigError, match="not a parquet file"):
         read_samples(tmp_path / "text.parquet")
+
+
+def unreadable(pyarrow):
+    """Columns of three values, of which Python cannot hold the second, or not without pandas."""
+    return {
+        "no UTF-8": pyarrow.array([b"fine", b"\xff bad", b"fine"]).view(pyarrow.string()),
+        "year 10000": pyarrow.array([0, 2932897, 0], pyarrow.date32()),
+        "nanoseconds": pyarrow.array([0, 1, 0], pyarrow.timestamp("ns")),
+        "ages": pyarrow.array([0, 2**62, 0], pyarrow.duration("s")),
+    }
+
+
+@pytest.mark.parametrize("kind", ["no UTF-8", "year 10000", "nanoseconds", "ages"])
+def test_columns_of_a_parquet_file_that_are_not_looked_at_are_not_read(tmp_path, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    other = unreadable(pyarrow)[kind]
+    path, prompts = tmp_path / "data.parquet", ["a", "b", "c"]
+    parquet.write_table(pyarrow.table({"prompt": prompts, "other": other, "prompt.other": other}), path)
+    samples, bad = read_samples(path)
+    assert [sample.messages[0]["content"] for sample in samples] == prompts and bad == []
+    parquet.write_table(pyarrow.table({"text": other}), path)
+    with pytest.raises(ConfigError, match="found columns text, expected 'prompt'"):
+        read_samples(path)
+
+
+@pytest.mark.parametrize("column", ["prompt", "answer", "messages"])
+def test_a_value_of_a_parquet_file_that_cannot_be_read_is_a_bad_row(tmp_path, column):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    values = unreadable(pyarrow)["no UTF-8"]
+    if column == "messages":
+        roles = pyarrow.array(["user"] * 3)
+        message = pyarrow.StructArray.from_arrays([roles, values], names=["role", "content"])
+        values = pyarrow.ListArray.from_arrays([0, 1, 2, 3], message)
+    path = tmp_path / "data.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b", "c"], column: values}), path)
+    samples, bad = read_samples(path)
+    assert [sample.row for sample in samples] == [0, 2]
+    assert bad[0].startswith(f"row 1: {column} cannot be read ('utf-8' codec")
+
+
+def test_a_parquet_file_with_two_columns_of_a_name_is_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    parquet.write_table(table, tmp_path / "data.parquet")
+    with pytest.raises(ConfigError, match="column 'prompt' is there 2 times; rename"):
+        read_samples(tmp_path / "data.parquet")
+    parquet.write_table(pyarrow.table({"prompt": [b"bytes"]}), tmp_path / "data.parquet")
+    with pytest.raises(ConfigError, match="prompt is bytes, expected text"):
+        read_samples(tmp_path / "data.parquet")
+
+
+def test_empty_fields_of_a_message_are_not_shown_to_the_template():
+    tokenizer = byte_tokenizer(CHATML.replace("m['content'] +", "m['content'] + m | string +"))
+    messages = [chat("Hi")[0] | {"tool_calls": [], "name": None}]
+    assert prompt_ids(tokenizer, messages) == prompt_ids(tokenizer, chat("Hi"))
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
@@ -121,6 +121,9 @@ class Questions(_FromFile):
         )
 
 
+_COLUMNS = ("context", "prompt", "question", "answer", "choices", *(f"choice_{letter}" for letter in ascii_uppercase))
+
+
 @dataclass(frozen=True)
 class _ChoiceRow:
     number: int
@@ -148,7 +151,9 @@ class Choices(_FromFile):
     judge: None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        for number, row in _rows(Path(self.path)):
+        for number, row in enumerate(data._rows(Path(self.path), _COLUMNS)):
+            if row is data._BLANK:
+                continue
             try:
                 self._rows.append(_choice_row(number, row))
             except data._BadRowError as error:
@@ -221,13 +226,6 @@ def _right(answer: object, choices: int) -> int:
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < choices:
         return answer
     raise data._BadRowError(f"answer is {answer!r}, expected 0 to {choices - 1}, or A to {letters[-1]}")
-
-
-def _rows(file: Path) -> Iterator[tuple[int, object]]:
-    """The rows of a file with their numbers, without blank lines."""
-    if file.suffix not in data._READERS:
-        raise ConfigError(f"{file}: expected a file that ends in {', '.join(data._READERS)}; convert it")
-    return ((number, row) for number, row in enumerate(data._READERS[file.suffix](file)) if row is not data._BLANK)
 
 
 def _check_any(path: str | Path, rows: Sequence[object], left_out: Sequence[str]) -> None:

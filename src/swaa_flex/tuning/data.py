@@ -83,14 +83,10 @@ def read_samples(path: str | Path) -> tuple[list[Sample], list[str]]:
         ImportError: if the file is parquet and pyarrow is missing.
     """
     file = Path(path)
-    if file.suffix not in _READERS:
-        raise ConfigError(
-            f"{path}: expected a file that ends in {', '.join(_READERS)}; convert it, one row per conversation"
-        )
     columns: dict[str, None] = {}
     samples: list[Sample] = []
     bad: list[str] = []
-    for number, row in enumerate(_READERS[file.suffix](file)):
+    for number, row in enumerate(_rows(file, _COLUMNS)):
         if row is _BLANK:
             continue
         if isinstance(row, dict):
@@ -300,10 +296,26 @@ def _columns(example: Example | Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 _BLANK = object()
+_COLUMNS = ("prompt", "messages", "answer", "question")
 
 
 class _BadRowError(Exception):
     """What is wrong with a row."""
+
+
+def _rows(file: Path, columns: Sequence[str]) -> Iterator[object]:
+    """The rows of a file in order: what JSON holds, `_BLANK`, or a `_BadRowError`.
+
+    Args:
+        file: its suffix says which kind it is.
+        columns: what is looked at. Others may be missing from the rows, or be None in them.
+    """
+    if file.suffix == ".parquet":
+        return _parquet(file, columns)
+    if file.suffix not in _READERS:
+        kinds = ", ".join((*_READERS, ".parquet"))
+        raise ConfigError(f"{file}: expected a file that ends in {kinds}; convert it, one row per conversation")
+    return _READERS[file.suffix](file)
 
 
 def _jsonl(file: Path) -> Iterator[object]:
@@ -327,7 +339,7 @@ def _json(file: Path) -> Iterator[object]:
     yield from rows
 
 
-def _parquet(file: Path) -> Iterator[object]:
+def _parquet(file: Path, columns: Sequence[str]) -> Iterator[object]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -338,11 +350,27 @@ def _parquet(file: Path) -> Iterator[object]:
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"{file}: not a parquet file ({error}); write it again, or take .jsonl") from error
     with table:
-        for batch in table.iter_batches(batch_size=64):
-            yield from batch.to_pylist()
+        names = table.schema_arrow.names
+        wanted = [name for name in names if name in columns]
+        for name in wanted:
+            if wanted.count(name) > 1:
+                raise ConfigError(f"{file}: column {name!r} is there {wanted.count(name)} times; rename the others")
+        for batch in table.iter_batches(batch_size=64, columns=wanted):
+            for place in range(batch.num_rows):
+                yield _parquet_row(batch, place, dict.fromkeys(names))
 
 
-_READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+def _parquet_row(batch: Any, place: int, row: dict[str, Any]) -> object:
+    """Fills in a row of a batch. A value that cannot be read is a fault of this row only."""
+    for name in batch.schema.names:
+        try:
+            row[name] = batch.column(name)[place].as_py()
+        except (ValueError, OverflowError) as error:  # no UTF-8, or nothing that Python has, such as the year 10000
+            return _BadRowError(f"{name} cannot be read ({error})")
+    return row
+
+
+_READERS = {".jsonl": _jsonl, ".json": _json}
 
 
 def _sample(row: object, number: int) -> Sample:
@@ -365,12 +393,16 @@ def _sample(row: object, number: int) -> Sample:
     return Sample(messages, answer, question, number)
 
 
+_EMPTY: tuple[object, ...] = (None, "", [], {})
+
+
 def _message(message: object, place: int) -> dict[str, str]:
     name = f"message {place}"
     if not isinstance(message, Mapping):
         raise _BadRowError(f"{name} is {_kind(message)}, expected role and content")
-    # Parquet fills in nulls. Any other field would change what the template writes, so it is not passed over.
-    others = [key for key, value in message.items() if key not in ("role", "content") and value is not None]
+    # Parquet fills in nulls, and other writers empty lists. Any other field would change what the template writes, so
+    # it is not passed over.
+    others = [key for key, value in message.items() if key not in ("role", "content") and value not in _EMPTY]
     if others:
         raise _BadRowError(f"{name} has {', '.join(map(repr, others))}; expected role and content only")
     role = message.get("role")
@@ -404,6 +436,7 @@ def _kind(value: object) -> str:
         int: "a number",
         float: "a number",
         str: "text",
+        bytes: "bytes",
         list: "a list",
     }
     return kinds.get(type(value), "an object")
@@ -533,7 +566,7 @@ def _prompt_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], template
 
 
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: Mapping[str, Any], *, ask: bool) -> str:
-    chat = [dict(message) for message in messages]
+    chat = [{"role": message["role"], "content": message["content"]} for message in messages]
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask, **template))
     except TemplateError as error:
