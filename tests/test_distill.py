@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import shlex
@@ -224,6 +225,9 @@ def test_progress_is_shown_on_a_terminal_only(model, tokenizer, tmp_path, monkey
         ("contains", "Paris", "<think>Rome?</think>\n\nParis", True),
         ("contains", "Paris", "<think>Paris, Paris", False),
         ("contains", "<think>Hm</think>Paris", "Paris", True),
+        ("contains", "<think>Paris?</think>Rome", "Paris", False),
+        ("contains", "สมชาย", "คำตอบคือสมชายครับ", True),
+        ("contains", "42", "<|channel|>analysis<|message|>Maybe 42? Let me", False),
         ("contains", "...", "anything", False),
         ("exact", "Paris", "paris.", True),
         ("exact", "Paris", "<think>Rome?</think>Paris", True),
@@ -277,6 +281,17 @@ def test_thinking_that_the_prompt_opens_is_part_of_the_answer(model, tokenizer, 
     written = encode(tokenizer, row["messages"], think=True)
     expected = tokenizer("<user>red<end><assistant><think>one </think> red<end>", add_special_tokens=False).input_ids
     assert written.input_ids == expected
+
+
+def test_reasoning_that_the_chat_template_knows_the_marks_of_is_not_judged(model, tokenizer, tmp_path, monkeypatch):
+    knows = copy.deepcopy(tokenizer)
+    knows.chat_template = TEMPLATE.replace(
+        "m['content']", "('blue' + m['thinking'] + 'green' if m['thinking'] else '') + m['content']"
+    )
+    scripted(monkeypatch, knows, "blue red green one<end>", "blue red<end>", "blue one green red<end>", "one<end>")
+    out = tmp_path / "out.jsonl"
+    distill(model, knows, questions(1), out, n=4, keep=4)
+    assert [row["messages"][-1]["content"] for row in rows(out)] == ["blue one green red"]
 
 
 # --- interruptions -------------------------------------------------------------------------------------------
@@ -488,6 +503,10 @@ def test_a_finished_file_is_replaced_only_on_request(model, tokenizer, tmp_path)
         ({"out": "out.json"}, r"out\.json: expected a file that ends in \.jsonl"),
         (
             {"samples": [Sample(({"role": "user", "content": "x"},), None, None, 3), *questions(1)]},
+            "judge='contains': 1 of 2 samples have no reference answer to judge by, first row 3",
+        ),
+        (
+            {"samples": [Sample(({"role": "user", "content": "x"},), "<think>so", None, 3), *questions(1)]},
             "judge='contains': 1 of 2 samples have no reference answer to judge by, first row 3",
         ),
     ],

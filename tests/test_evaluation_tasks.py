@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from test_judges import always_right
-from test_tuning_data import BEGINS, CHATML, HYBRID, byte_tokenizer, chat, jsonl
+from test_tuning_data import BEGINS, CHANNELS, CHATML, HYBRID, PARTICULAR, byte_tokenizer, chat, jsonl
 
 from swaa_flex import ConfigError
 from swaa_flex.evaluation.tasks import get, names
@@ -370,6 +370,70 @@ def test_choices_follow_the_prompt_as_an_answer_would(template, tmp_path):
         assert prompt == "<|bos|>Who?\n\nAnswer:"
     if template == HYBRID:
         assert prompt.endswith("</think>\n\n")
+
+
+# As GLM-4, GLM-4.5 and GLM-4.7: no token ends an answer, and the model itself writes what stands before it, or the
+# prompt does; and as gpt-oss and Mistral.
+GLM = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{{ BEFORE }}"
+    "{% else %}{{ '\n' }}{% endif %}{{ m['content'].strip() }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+    "{% if enable_thinking %}{{ THINKING }}{% else %}{{ PROMPT }}{% endif %}{% endif %}"
+)
+
+
+def glm(before, prompt="", thinking=""):
+    return GLM.replace("BEFORE", repr(before)).replace("PROMPT", repr(prompt)).replace("THINKING", repr(thinking))
+
+
+FOLLOWED = {
+    "newline": (glm("\n"), {}, "<|assistant|>\n", ""),
+    "thinking left out": (glm("\n<think></think>\n", "\n<think></think>"), {}, "\n<think></think>\n", ""),
+    "thinking left out by the model": (
+        glm("\n<think></think>\n", "\n<think></think>"),
+        {"enable_thinking": True},
+        "<|assistant|>\n<think></think>\n",
+        "",
+    ),
+    "thinking closed": (glm("</think>", "</think>", "<think>"), {}, "<|assistant|></think>", ""),
+    "newline of the prompt only": (glm("", "\n"), {}, "<|assistant|>\n", ""),
+    "blank": (glm(" "), {}, "<|assistant|>", " "),
+    "channel": (CHANNELS, {}, "<|im_start|>assistant<|channel|>final<|message|>", ""),
+    "Mistral": (PARTICULAR, {}, " [/INST]", " "),
+}
+
+
+@pytest.mark.parametrize(("template", "options", "end", "blank"), FOLLOWED.values(), ids=FOLLOWED)
+def test_choices_begin_where_a_model_would_begin_them(template, options, end, blank, tmp_path):
+    tokenizer = byte_tokenizer(template)
+    path = jsonl(tmp_path / "data.jsonl", {"question": "Who?", "choices": [" Ada L.", "Bob\n"], "answer": 1})
+    task = one(f"choice:{path}", letters=False, template=options)
+    (sample,) = task.samples(tokenizer, None, 9, 0)
+    assert [tokenizer.decode(choice) for choice in sample.continuations] == [f"{blank}Ada L.", f"{blank}Bob"]
+    assert text_of(tokenizer, sample).endswith(end)
+    # What a model reads is what the template makes of the conversation.
+    messages = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Bob"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, **{"enable_thinking": False, **options})
+    read = text_of(tokenizer, sample) + tokenizer.decode(sample.continuations[1])
+    assert rendered.startswith(read) or template == glm("", "\n")  # which has the newline in prompts only
+
+
+def test_choices_of_a_model_that_thinks_first_are_refused(tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", {"question": "Who?", "choices": ["Ada", "Bob"], "answer": 1})
+    with pytest.raises(ConfigError, match="think before it answers, so that choices would be scored as thoughts"):
+        one(f"choice:{path}").samples(byte_tokenizer(THINKS), None, 9, 0)
+    thinking = one(f"choice:{path}", template={"enable_thinking": True})
+    with pytest.raises(ConfigError, match="think before it answers"):
+        thinking.samples(byte_tokenizer(glm("</think>", "</think>", "<think>")), None, 9, 0)
+
+
+def test_choices_from_a_parquet_file_with_a_column_that_cannot_be_read(tmp_path, tokenizer):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = {"question": ["a?", "b?"], "choices": [["x", "y"]] * 2, "answer": [0, 1]}
+    other = pyarrow.array([0, 2932897], pyarrow.date32())
+    parquet.write_table(pyarrow.table({**rows, "valid_until": other}), tmp_path / "data.parquet")
+    assert len(one(f"choice:{tmp_path / 'data.parquet'}").samples(tokenizer, None, 9, 0)) == 2
 
 
 def test_rows_without_a_choice_are_named(tmp_path):

@@ -83,6 +83,33 @@ TRICKY = {
     "composed in another way": ("Zu\u0308rich", to("Z\u00fcrich"), 1, 1),
     "vowel signs": ("कला", to("कल"), 0, 0),
     "no blanks between words": ("答案是北京。", to("北京"), 0, 1),
+    "no blanks between words, Thai": ("คำตอบคือสมชายครับ", to("สมชาย"), 0, 1),
+    "no blanks between words, Lao": ("ຄຳຕອບແມ່ນວຽງຈັນເດີ", to("ວຽງຈັນ"), 0, 1),
+    "no blanks between words, Khmer": ("ចម្លើយគឺភ្នំពេញ។", to("ភ្នំពេញ"), 0, 1),
+    "no blanks between words, Burmese": ("အဖြေကရန်ကုန်ပါ။", to("ရန်ကုန်"), 0, 1),
+    "no blanks between words, Javanese": ("ꦲꦶꦏꦸꦗꦮꦺꦴꦲꦤꦏ꧀", to("ꦗꦮ"), 0, 0),
+    "no blanks between words, Javanese, whole": ("ꦲꦶꦏꦸꦗꦮꦲꦤꦏ꧀", to("ꦗꦮ"), 0, 1),
+    "no blanks between words, Tibetan": ("ལན་ནི་ལྷ་ས་ཡིན།", to("ལྷ་ས"), 0, 1),
+    "no blanks between words, Yi": ("ꀉꀊꀋꀌ", to("ꀊꀋ"), 0, 1),
+    "number between Thai words": ("หมายเลขคือ1234567ครับ", NUMBER, 0, 1),
+    "number between Khmer words": ("លេខគឺ1234567។", NUMBER, 0, 1),
+    "longer number between Thai words": ("หมายเลขคือ12345678ครับ", NUMBER, 0, 0),
+    "Latin word between Thai words": ("เมืองParisครับ", to("Paris"), 0, 1),
+    "another vowel sign, Thai": ("กิน", to("กัน"), 0, 0),
+    "beginning of a syllable, Thai": ("กั้น", to("กั"), 0, 0),
+    "other words, Thai": ("คำตอบคือสมหญิงครับ", to("สมชาย"), 0, 0),
+    "blanks of no width, Khmer": ("ចម្លើយ\u200bគឺ\u200bភ្នំ\u200bពេញ", to("ភ្នំពេញ"), 0, 1),
+    "word between words with blanks, Cyrillic": ("вид1234567", NUMBER, 0, 0),
+    "time": ("at 1:30", to("1"), 0, 0),
+    "the same time": ("at 1:30.", to("1:30"), 0, 1),
+    "fraction": ("5/7", to("5"), 0, 0),
+    "decimal comma": ("1,5", to("5"), 0, 0),
+    "the same with a point": ("1,5", to("1.5"), 1, 1),
+    "list without blanks of one digit each": ("1,2,3", to("2"), 0, 1),
+    "list with slashes": ("7654321/1234567", NUMBER, 0, 1),
+    "year of a date": ("12/05/1999", to("1999"), 0, 1),
+    "reference with its thinking": ("Paris", to("<think>Rome?</think>Paris"), 1, 1),
+    "what the reference thought": ("Rome", to("<think>Rome?</think>Paris"), 0, 0),
     "one of several that are right": ("NYC", to("New York", "NYC"), 1, 1),
     "nothing is right": ("Paris", to(), 0, 0),
     "right answer without words": ("?", to("+"), 0, 0),
@@ -104,7 +131,7 @@ TRICKY = {
     "mark of full width": ("Rome is old.\nAnswer\uff1a Paris", to("Paris", **REASONS), 1, 1),
     "mark that begins a line": ("Answer: Paris\nI hope this answer: helps", to("Paris", **REASONS), 0, 1),
     "power": ("10\u00b2", to("102"), 0, 0),
-    "fraction": ("3\u00bd", to("31"), 0, 0),
+    "vulgar fraction": ("3\u00bd", to("31"), 0, 0),
     "decimals without a zero": ("It is .5", to("5"), 0, 0),
     "the same with a zero": (".5", to("0.5"), 1, 1),
     "sign before the currency": ("-$5", to("5"), 0, 0),
@@ -207,6 +234,7 @@ class Scripted:
     def __init__(self, tokenizer, reply, attention="sdpa"):
         self.tokenizer, self.reply = tokenizer, reply
         self.config = SimpleNamespace(_attn_implementation=attention)
+        self.generation_config = SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
         self.device = "cpu"
         self.asked = []
 
@@ -231,12 +259,16 @@ class Scripted:
         ("", 0),
         ("<think>yes</think>no", 0),
         ("<think>no</think>yes", 1),
+        ("<|channel|>analysis<|message|>yes<|channel|>final<|message|>no", 0),
+        ("<|channel|>analysis<|message|>no<|channel|>final<|message|>yes", 1),
+        ("<|channel|>analysis<|message|>yes", 0),
+        ("no<|im_end|>yes", 0),
     ],
 )
 def test_a_model_as_judge_says_yes_or_no(reply, verdict):
     tokenizer = byte_tokenizer(CHATML)
     model = Scripted(tokenizer, reply)
-    judge = model_judge(model, tokenizer, new_tokens=30)
+    judge = model_judge(model, tokenizer, new_tokens=60)
     assert judge("It is <b>Paris</b>", to("Paris", "Lutetia", question="Which city?")) == verdict
     (asked,) = model.asked
     for part in ("Which city?", "Paris or Lutetia", "It is <b>Paris</b>"):

@@ -1,11 +1,13 @@
 """Judges: how right an answer is, from 0 to 1.
 
 Judges compare words: runs of letters and digits, without case, punctuation, emphasis and line ends. A number is one
-word with its sign, its decimals and its thousands separators, so 1,234,567 is 1234567, and neither contains 234. Of
-Chinese, Japanese and Korean each character is a word.
+word with its sign, its decimals and its thousands separators, so 1,234,567 is 1234567, and neither contains 234; so is
+a time or a fraction, 1:30 or 5/7. In scripts without blanks between words, such as Chinese, Japanese, Thai and Khmer,
+and in Korean, where endings are part of a word, each character is one.
 
-Only what is said after the reasoning counts: after a thinking block, and where the prompt asked for it, after the last
-"Answer:". Reasoning that never comes to an end is no answer.
+Only what is said after the reasoning counts: after a thinking block, whose marks the model's tokenizer knows
+(`swaa_flex.tuning.reasoning`), and where the prompt asked for it, after the last "Answer:". Reasoning that never comes
+to an end is no answer.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import regex
 import torch
 
 from ..errors import ConfigError, did_you_mean
@@ -26,8 +29,10 @@ from ..hf import NAME
 from ..hf.adapt import full_attention
 from ..tuning.data import opened_thinking, prompt_ids
 from ..tuning.identity import hashed, identity
+from ..tuning.reasoning import marks_of
 from .prompts import prepared
 from .sample import Judge, Sample
+from .scoring import stop_tokens
 
 
 def exact(answer: str, sample: Sample) -> float:
@@ -38,7 +43,7 @@ def exact(answer: str, sample: Sample) -> float:
         1.0
     """
     said = _without_articles(words(final(answer, sample)))
-    return float(any(said and said == _without_articles(words(right)) for right in sample.answers))
+    return float(any(said and said == _without_articles(right) for right in _right(sample)))
 
 
 def substring(answer: str, sample: Sample) -> float:
@@ -51,7 +56,7 @@ def substring(answer: str, sample: Sample) -> float:
         0.0
     """
     said = words(final(answer, sample))
-    return float(any(_holds(said, words(right)) for right in sample.answers))
+    return float(any(_holds(said, right) for right in _right(sample)))
 
 
 def substring_all(answer: str, sample: Sample) -> float:
@@ -64,7 +69,7 @@ def substring_all(answer: str, sample: Sample) -> float:
         0.5
     """
     said = words(final(answer, sample))
-    found = [_holds(said, words(right)) for right in sample.answers]
+    found = [_holds(said, right) for right in _right(sample)]
     return sum(found) / len(found) if found else 0.0
 
 
@@ -78,7 +83,7 @@ def token_f1(answer: str, sample: Sample) -> float:
         0.666...
     """
     said = _without_articles(words(final(answer, sample)))
-    return max((_f1(said, _without_articles(words(right))) for right in sample.answers), default=0.0)
+    return max((_f1(said, _without_articles(right)) for right in _right(sample)), default=0.0)
 
 
 def model_judge(
@@ -146,14 +151,12 @@ def final(answer: str, sample: Sample) -> str:
         >>> final("6 * 7 is 42. Answer: 42", Sample("0", (), reasoned=True))
         ' 42'
     """
-    text = sample.opening + answer
-    _, closed, after = text.rpartition("</think>")
-    said = after if closed else text.partition("<think>")[0]
+    thought, said = sample.marks.split(sample.opening + answer)
     if not sample.reasoned:
         return said
     pattern = _FINAL_LINE if _FINAL_LINE.search(said) else _FINAL
     *reasoning, last = pattern.split(said)
-    return last if reasoning or closed else ""
+    return last if reasoning or thought else ""
 
 
 def words(text: str) -> list[str]:
@@ -162,13 +165,16 @@ def words(text: str) -> list[str]:
     Examples:
         >>> words("**Paris**, 1,234.5 km (not -3)")
         ['paris', '1234.5', 'km', 'not', '-3']
+        >>> words("東京は1:30")
+        ['東', '京', 'は', '1:30']
     """
     text = _THOUSANDS.sub(lambda number: re.sub(r"\D", "", number[0]), text)
     text = "".join(f" {char} " if unicodedata.category(char) == "No" else char for char in text)  # powers, fractions
     folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
     for pattern, put in _SPELT:
         folded = pattern.sub(put, folded)
-    return _WORD.findall("".join(map(_spaced, folded)))
+    spaced = _UNSPACED.sub(r" \g<0> ", folded)
+    return _WORD.findall(_BETWEEN_WORDS.sub(" ", spaced))
 
 
 _JUDGES: dict[str, Judge] = {
@@ -184,11 +190,20 @@ _FINAL_LINE = re.compile(rf"^[\s*_#]*(?:the\s+)?(?:final\s+)?{_FINAL.pattern}", 
 _SPELT = (
     (re.compile(r"(?<![\w.])\.(?=\d)"), "0."),
     (re.compile(r"(?<!\S)-(\w{0,3}[$\u20ac\u00a3\u00a5])(?=\d)"), r"\1 -"),
+    (re.compile(r"(?<![\d.,])(\d+),(\d)(?![\d,]|\.\d)"), r"\1.\2"),  # a decimal comma
     (re.compile(r"(?<=[a-z])\+\+"), "plusplus"),
     (re.compile(r"(?<=[a-z])#(?!\w)"), "sharp"),
 )
 # One separator throughout a number, between groups of three digits.
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}([,_'\u2019\u00a0\u2009\u202f])\d{3}(?:\1\d{3})*(?!\1?\d)")
+# Characters of scripts whose words have no blanks between them: of East Asia, and those in which Unicode breaks lines
+# by a dictionary (Thai, Lao, Khmer, Burmese, ...) or by syllables (Javanese, Balinese, ...), and Tibetan.
+_UNSPACED = regex.compile(
+    r"(?=[\p{L}\p{M}\p{N}])[\p{East_Asian_Width=W}\p{Line_Break=SA}\p{Line_Break=AK}\p{Line_Break=AP}\p{Line_Break=AS}"
+    r"\p{Script=Tibetan}]\p{M}*"
+)
+# All but letters, digits, what `_WORD` splits at, and the signs of times and fractions.
+_BETWEEN_WORDS = regex.compile(r"(?!(?<=\d)(?<!\d{3})[:/](?=\d)(?!\d{3}))[^\p{L}\p{M}\p{N}._-]")
 _WORD = re.compile(
     r"""
     (?:(?<!\S)-(?=\d))?                             # a sign
@@ -198,13 +213,9 @@ _WORD = re.compile(
 )
 
 
-def _spaced(char: str) -> str:
-    """A blank in place of what is no part of a word, and blanks around characters that are words."""
-    if char in "._-":
-        return char
-    if unicodedata.category(char)[0] not in "LMN":
-        return " "
-    return f" {char} " if unicodedata.east_asian_width(char) == "W" else char
+def _right(sample: Sample) -> list[list[str]]:
+    """The words of the right answers, which may be a model's, with reasoning."""
+    return [words(sample.marks.split(right)[1]) for right in sample.answers]
 
 
 def _holds(said: list[str], part: list[str]) -> bool:
@@ -244,21 +255,26 @@ class _ModelJudge:
         messages, template = prepared(self.tokenizer, chat, "direct", self.template)
         opening = opened_thinking(self.tokenizer, messages, **template)
         written = self._written(prompt_ids(self.tokenizer, messages, **template))
-        verdict = words(final(written, Sample("", (), opening=opening)))
+        verdict = words(final(written, Sample("", (), opening=opening, marks=marks_of(self.tokenizer, template))))
         return float(next((word for word in verdict if word in ("yes", "no")), "no") == "yes")
 
     def _written(self, ids: list[int]) -> str:
         adapted = self.model.config._attn_implementation == NAME
         input_ids = torch.tensor([ids], device=self.model.device)
+        stops = stop_tokens(self.model, self.tokenizer)
         with full_attention(self.model.config) if adapted else nullcontext():
             written = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 max_new_tokens=self.new_tokens,
                 do_sample=False,
-                pad_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=stops,
+                pad_token_id=stops[0],
             )
-        return str(self.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
+        tokens = written[0, len(ids) :].tolist()
+        end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
+        # As written: the marks of a thinking block may be special tokens.
+        return str(self.tokenizer.decode(tokens[:end], skip_special_tokens=False))
 
 
 _VERDICT = (

@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..tuning.identity import hashed
 from . import texts
 from .judges import name_of, substring_all
-from .prompts import ask, check
+from .prompts import Prompt, ask, check
 from .sample import Judge, Sample
 
 SLACK = 3
@@ -88,21 +88,21 @@ class _Haystack:
         endless = f"{haystack[begin:]} {haystack[:begin]} "
 
         @functools.cache  # the last one looked at is the one that is taken
-        def prompt(chars: int) -> tuple[tuple[int, ...], str]:
+        def prompt(chars: int) -> Prompt:
             text = (endless * (chars // len(endless) + 1))[:chars]
             content = f"{INTRODUCTION}\n\n{_with_needles(text, needles, depths)}\n\n{question}"
             return ask(tokenizer, [{"role": "user", "content": content}], self.style, self.template)
 
-        chars = _longest(lambda chars: len(prompt(chars)[0]), length)
-        ids, opening = prompt(chars)
+        asked = prompt(_longest(lambda chars: len(prompt(chars).ids), length))
         new_tokens = 1024 if self.style == "cot" else 16 + 16 * len(answers)
         return Sample(
             id=str(number),
-            prompt=ids,
+            prompt=asked.ids,
             answers=tuple(answers),
             new_tokens=self.new_tokens or new_tokens,
             question=question,
-            opening=opening,
+            opening=asked.opening,
+            marks=asked.marks,
             reasoned=self.style == "cot",
         )
 

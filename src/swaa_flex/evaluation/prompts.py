@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError, did_you_mean
 from ..tuning.data import opened_thinking, prompt_ids
+from ..tuning.reasoning import Marks, marks_of
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -15,6 +16,20 @@ REASONING = (
 )
 CUES = {"direct": "Answer:", "cot": "Reasoning:"}
 """What a prompt without a chat template ends with, by style: "direct", or "cot" for chain of thought."""
+
+
+class Prompt(NamedTuple):
+    """A question as it is put to a model.
+
+    Attributes:
+        ids: Token ids `[len]`.
+        opening: Of a thinking block that the prompt ends with, or empty.
+        marks: What the model puts around its reasoning.
+    """
+
+    ids: tuple[int, ...]
+    opening: str
+    marks: Marks
 
 
 def check(style: str, new_tokens: int | None) -> None:
@@ -27,7 +42,7 @@ def check(style: str, new_tokens: int | None) -> None:
         raise ConfigError(f"new_tokens={new_tokens}: expected at least 1, or None for as many as the style takes")
 
 
-def ask(tokenizer: Any, messages: Messages, style: str, template: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
+def ask(tokenizer: Any, messages: Messages, style: str, template: Mapping[str, Any]) -> Prompt:
     """The prompt that asks for an answer, the chat template applied once.
 
     Without a chat template the prompt is the text, and ends with "Answer:" or "Reasoning:".
@@ -37,9 +52,6 @@ def ask(tokenizer: Any, messages: Messages, style: str, template: Mapping[str, A
         messages: the conversation up to the answer.
         style: "direct"; or "cot", which asks for reasoning and lets models think that can.
         template: further arguments of `apply_chat_template`.
-
-    Returns:
-        Token ids `[len]`, and the opening of a thinking block that they end with, if they do.
 
     Raises:
         ConfigError: if the template refuses the messages, or has the model think where it is to answer directly.
@@ -53,7 +65,7 @@ def ask(tokenizer: Any, messages: Messages, style: str, template: Mapping[str, A
             "style='direct': the chat template has the model think before it answers; take style='cot', with enough "
             "new_tokens, or another chat_template="
         )
-    return tuple(prompt_ids(tokenizer, messages, **template)), opening
+    return Prompt(tuple(prompt_ids(tokenizer, messages, **template)), opening, marks_of(tokenizer, template))
 
 
 def thinks_always(tokenizer: Any) -> bool:

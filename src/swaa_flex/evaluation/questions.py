@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..tuning import data
 from ..tuning.identity import hashed
 from .judges import name_of, substring, words
-from .prompts import Messages, ask, check, prepared
+from .prompts import ask, check, prepared
 from .sample import Judge, Sample
 
 NEW_TOKENS = {"direct": 64, "cot": 1024}
@@ -109,14 +109,15 @@ class Questions(_FromFile):
         }
 
     def _sample(self, tokenizer: Any, row: data.Sample) -> Sample:
-        ids, opening = ask(tokenizer, row.prompt, self.style, self.template)
+        asked = ask(tokenizer, row.prompt, self.style, self.template)
         return Sample(
             id=str(row.row),
-            prompt=ids,
+            prompt=asked.ids,
             answers=(row.answer or "",),
             new_tokens=self.new_tokens or NEW_TOKENS[self.style],
             question=row.question or "",
-            opening=opening,
+            opening=asked.opening,
+            marks=asked.marks,
             reasoned=self.style == "cot",
         )
 
@@ -181,21 +182,13 @@ class Choices(_FromFile):
             text = "\n".join([f"{text}\n", *listed, "\nReply with the letter of the right choice only."])
         messages, template = prepared(tokenizer, [{"role": "user", "content": text}], "direct", self.template)
         choices = ascii_uppercase[: len(row.choices)] if self.letters else row.choices
+        prompt, continuations = data.choices(tokenizer, messages, choices, **template)
         return Sample(
             id=str(row.number),
-            prompt=tuple(data.prompt_ids(tokenizer, messages, **template)),
-            continuations=tuple(_continuation(tokenizer, messages, choice, template) for choice in choices),
+            prompt=tuple(prompt),
+            continuations=tuple(map(tuple, continuations)),
             right=row.right,
         )
-
-
-def _continuation(tokenizer: Any, messages: Messages, choice: str, template: Mapping[str, Any]) -> tuple[int, ...]:
-    """The tokens of a choice as an answer to the prompt, without the one that ends the answer."""
-    # A prompt without a chat template ends with a cue, and a blank follows it.
-    text = choice if tokenizer.chat_template is not None or template else f" {choice}"
-    answered = data.encode(tokenizer, [*messages, {"role": "assistant", "content": text}], **template)
-    answer = [token for token, decode in zip(answered.input_ids, answered.decode_rows, strict=True) if decode]
-    return tuple(answer[:-1])
 
 
 def _choice_row(number: int, row: object) -> _ChoiceRow:
@@ -213,10 +206,9 @@ def _choice_row(number: int, row: object) -> _ChoiceRow:
         choices = [row[f"choice_{letter}"] for letter in ascii_uppercase if row.get(f"choice_{letter}") is not None]
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(ascii_uppercase):
         raise data._BadRowError(f"expected 'choices', a list of 2 to {len(ascii_uppercase)} texts")
-    choices = tuple(
-        data._text(choice, f"choice {letter}") for choice, letter in zip(choices, ascii_uppercase, strict=False)
-    )
-    return _ChoiceRow(number, "\n\n".join(texts), choices, _right(row.get("answer"), len(choices)))
+    lettered = zip(choices, ascii_uppercase, strict=False)
+    stripped = tuple(data._text(choice, f"choice {letter}").strip() for choice, letter in lettered)
+    return _ChoiceRow(number, "\n\n".join(texts), stripped, _right(row.get("answer"), len(stripped)))
 
 
 def _right(answer: object, choices: int) -> int:

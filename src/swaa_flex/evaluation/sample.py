@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..tuning.reasoning import KNOWN, Marks
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -20,8 +22,9 @@ class Sample:
             several are the choices of a multiple-choice question.
         right: Multiple choice: index of the right continuation.
         question: The question as text, without the text around it, for a model as judge; may be empty.
-        opening: The opening of a thinking block that the prompt ends with, `"<think>"` and whitespace, or empty. A
-            model does not write it again, so judges put it before the answer.
+        opening: The opening of a thinking block that the prompt ends with, such as `"<think>"`, and whitespace; or
+            empty. A model does not write it again, so judges put it before the answer.
+        marks: What the model puts around its reasoning.
         reasoned: The prompt asks for reasoning, then for a line that begins with "Answer:".
     """
 
@@ -33,6 +36,7 @@ class Sample:
     right: int | None = None
     question: str = ""
     opening: str = ""
+    marks: Marks = KNOWN
     reasoned: bool = False
 
 

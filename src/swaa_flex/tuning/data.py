@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
 from ..hf.labels import IGNORED
+from .reasoning import Marks, marks_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -129,9 +129,10 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], **template
 
 
 def opened_thinking(tokenizer: Any, messages: Sequence[Mapping[str, str]], **template: Any) -> str:
-    """The opening of a thinking block with which a prompt ends, `"<think>"` and whitespace, or the empty text.
+    """The mark of a thinking block with which a prompt ends, such as `"<think>"`, and whitespace; or the empty text.
 
-    A model does not write it again, so it is missing from what `generate` returns.
+    A model does not write it again, so it is missing from what `generate` returns. Which mark it is, the tokenizer
+    says (`swaa_flex.tuning.reasoning`).
 
     Args:
         tokenizer: of transformers.
@@ -142,8 +143,7 @@ def opened_thinking(tokenizer: Any, messages: Sequence[Mapping[str, str]], **tem
         ConfigError: as `prompt_ids`.
     """
     _check(messages)
-    opening = _OPEN_THINKING.search(_prompt_text(tokenizer, messages, template))
-    return opening[0] if opening else ""
+    return marks_of(tokenizer, template).opening(_prompt_text(tokenizer, messages, template))
 
 
 def encode(tokenizer: Any, messages: Sequence[Mapping[str, str]], **template: Any) -> Example:
@@ -188,6 +188,43 @@ def encode_each(tokenizer: Any, messages: Sequence[Mapping[str, str]], **templat
     """
     _check(messages, answered=True)
     return [_encode(tokenizer, messages, [turn], template) for turn in _answers(messages)]
+
+
+def choices(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], answers: Sequence[str], **template: Any
+) -> tuple[list[int], list[list[int]]]:
+    """The tokens of a prompt and of several answers to it, whose likelihoods are to be compared.
+
+    Answers begin where the model would begin them. What the template writes between its generation prompt and an
+    answer, such as a newline or an empty thinking block, is no part of them, and so belongs to the prompt here. They
+    have no token that ends them.
+
+    Args:
+        tokenizer: of transformers.
+        messages: the conversation up to the answer.
+        answers: texts. Without a chat template a blank is put before each.
+        template: further arguments of `apply_chat_template`.
+
+    Returns:
+        Token ids of the prompt `[len]`, and those of each answer.
+
+    Raises:
+        ConfigError: as `prompt_ids`; or if the template has the model think before it answers.
+    """
+    _check(messages)
+    prompt = _prompt_text(tokenizer, messages, template)
+    tokens = _prompt_tokens(tokenizer, prompt, template)
+    opening = _around(tokenizer, messages, prompt, template)[0] if _templated(tokenizer, template) else " "
+    if marks_of(tokenizer, template).opening(prompt + opening):
+        raise ConfigError(
+            "the chat template has the model think before it answers, so that choices would be scored as thoughts; "
+            "take template={'enable_thinking': False} if it knows of that, or another chat_template="
+        )
+    before = opening.rstrip(" ")  # blanks may be one token with the word after them
+    tokens += _after(tokenizer, prompt, tokens, before, template)
+    prompt += before
+    texts = [opening[len(before) :] + answer for answer in answers]
+    return tokens, [_after(tokenizer, prompt, tokens, text, template) for text in texts]
 
 
 def fit(examples: Sequence[Example], max_length: int) -> tuple[list[Example], list[str]]:
@@ -447,8 +484,6 @@ def _kind(value: object) -> str:
 _ANSWER = "\ue000answer\ue000"
 """Stands in for an answer when the template is asked what it writes around one."""
 
-_OPEN_THINKING = re.compile(r"<think>\s*\Z")
-
 
 def _check(messages: Sequence[Mapping[str, str]], *, answered: bool = False) -> None:
     try:
@@ -505,7 +540,8 @@ def _answer_tokens(
 ) -> tuple[list[int], list[int]]:
     """The last message up to the token that ends the turn, and what the template writes after that."""
     opening, closing = _around(tokenizer, messages[:-1], prompt, template)
-    text = _as_generated(messages[-1]["content"], len(messages) - 1, prompt, opening) + closing
+    around = marks_of(tokenizer, template)
+    text = _as_generated(messages[-1]["content"], len(messages) - 1, prompt, opening, around) + closing
     marks = {token for token, added in tokenizer.added_tokens_decoder.items() if str(added).strip()}
     ends = [token for token in _tokens(tokenizer, closing) if token in marks | set(tokenizer.all_special_ids)]
     if not ends:
@@ -514,27 +550,32 @@ def _answer_tokens(
             "learn to stop; take a template that writes tokenizer.eos_token after an answer"
         )
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-    whole = _prompt_tokens(tokenizer, prompt + text, template)
-    # Tokens that reach across the end of the prompt cannot be generated.
-    joined = whole[: len(prompt_tokens)] == prompt_tokens
-    tokens = whole[len(prompt_tokens) :] if joined else _tokens(tokenizer, text)
+    tokens = _after(tokenizer, prompt, prompt_tokens, text, template)
     length = len(tokens) - tokens[::-1].index(end)
     return tokens[:length], tokens[length:]
 
 
-def _as_generated(content: str, place: int, prompt: str, opening: str) -> str:
+def _after(tokenizer: Any, prompt: str, prompt_tokens: list[int], text: str, template: Mapping[str, Any]) -> list[int]:
+    """The tokens of a text that a model writes after a prompt."""
+    whole = _prompt_tokens(tokenizer, prompt + text, template)
+    # Tokens that reach across the end of the prompt cannot be generated.
+    joined = whole[: len(prompt_tokens)] == prompt_tokens
+    return whole[len(prompt_tokens) :] if joined else _tokens(tokenizer, text)
+
+
+def _as_generated(content: str, place: int, prompt: str, opening: str, around: Marks) -> str:
     """What a model writes after the prompt when its answer is `content`."""
-    thinking = _OPEN_THINKING.search(prompt)
-    if thinking:
-        if "</think>" not in content:
+    opened = around.opening(prompt)
+    if opened:
+        if not around.closed_in(content):
             raise ConfigError(
                 f"message {place}: the chat template opens a thinking block for the answer, which never closes it; "
-                "write answers with their thinking (<think>...</think>), or take a template that does not think"
+                f"write answers with their thinking ({opened.strip()}...), or take a template that does not think"
             )
-        return content.removeprefix(thinking[0] if content.startswith(thinking[0]) else "<think>")
+        return content.removeprefix(opened if content.startswith(opened) else opened.strip())
     # A template that writes a thinking block of its own before an answer (Qwen3) says how it shows one without, not
     # what the model wrote.
-    if "think>" in opening or content.startswith(opening[: opening.find(">") + 1] or opening):
+    if around.opened_in(opening) or content.startswith(opening[: opening.find(">") + 1] or opening):
         return content
     return opening + content
 

@@ -10,11 +10,10 @@ import hashlib
 import json
 import math
 import os
-import re
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,10 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import GenerationConfig
 
 from ..errors import ConfigError, did_you_mean
+from ..evaluation import judges
+from ..evaluation.sample import Sample as Judged
 from ..hf import NAME
 from ..hf.adapt import full_attention
 from .data import Sample, opened_thinking, prompt_ids
 from .identity import hashed, identity
+from .reasoning import KNOWN, Marks, marks_of
 
 Judge = Callable[[Sample, str], bool | float]
 """Says how good an answer is: positive or True if it may be kept, the larger the better."""
@@ -93,8 +95,9 @@ def distill(
         batch_size: prompts at a time, so `batch_size * n` answers.
         seed: of the sampling.
         keep: answers per prompt to keep at most, those that score best, earlier ones first.
-        judge: which answers are right. "contains": the reference occurs in the answer; "exact": it is the answer (both
-            in any case and spacing, without the thinking). "none": all, and a cut-off one where there is no other,
+        judge: which answers are right. "contains": the words of the reference occur in the answer, as the judge
+            `substring` of evaluations has it; "exact": they are the answer. What is said before the reasoning ends
+            does not count (`swaa_flex.evaluation.judges`). "none": all, and a cut-off one where there is no other,
             which scores 0. Or a function of the sample and the answer that returns a bool or a score, positive if
             right.
         template: further arguments of `apply_chat_template`, such as `{"enable_thinking": False}`.
@@ -110,11 +113,11 @@ def distill(
     """
     out = Path(out)
     _check(samples, out, n, temperature, max_new_tokens, batch_size, keep)
-    scored = _judge(judge, samples)
+    template = dict(template or {})
+    scored = _judge(judge, samples, marks_of(tokenizer, template))
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; name another file, or have it replaced with overwrite=True (--overwrite)")
     ends = _ends(model, tokenizer)
-    template = dict(template or {})
     settings = {
         "n": n,
         "temperature": temperature,
@@ -265,7 +268,7 @@ def _bar(rows: int, wanted: bool) -> Iterator[Callable[[int], None]]:
 # --- judges --------------------------------------------------------------------------------------------------
 
 
-def _judge(judge: str | Judge, samples: Sequence[Sample]) -> Judge:
+def _judge(judge: str | Judge, samples: Sequence[Sample], around: Marks) -> Judge:
     if callable(judge):
         return judge
     if judge not in _JUDGES:
@@ -273,48 +276,33 @@ def _judge(judge: str | Judge, samples: Sequence[Sample]) -> Judge:
             f"judge={judge!r}: expected {', '.join(_JUDGES)} or a function of sample and answer"
             f"{did_you_mean(judge, _JUDGES)}"
         )
-    without = [sample.row for sample in samples if not sample.answer]
+    without = [sample.row for sample in samples if not judges.words(around.split(sample.answer or "")[1])]
     if judge != "none" and without:
         raise ConfigError(
             f"judge={judge!r}: {len(without)} of {len(samples)} samples have no reference answer to judge by, first "
-            f"row {without[0]}; add 'answer' to them, leave them out, or keep answers unjudged with judge='none'"
+            f"row {without[0]}; add 'answer' to them, with letters or digits, leave them out, or keep answers "
+            "unjudged with judge='none'"
         )
-    return _JUDGES[judge]
+    return partial(_JUDGES[judge], around=around)
 
 
-def _contains(sample: Sample, answer: str) -> bool:
-    reference = _plain(sample.answer or "")
-    # A word or a number, not a part of one, nor its negative. Scripts without blanks between words have no such ends.
-    begin = end = ""
-    if reference[:1].isascii() and reference[:1].isalnum():
-        begin = rf"(?<![{_LATIN}])(?<!\d[.,/:])" + (r"(?<![-\u2212])" if reference[0].isdigit() else "")
-    if reference[-1:].isascii() and reference[-1:].isalnum():
-        end = rf"(?![{_LATIN}+#])(?![.,/:]\d)"
-    return bool(reference) and re.search(begin + re.escape(reference) + end, _plain(answer)) is not None
+def _contains(sample: Sample, answer: str, around: Marks = KNOWN) -> bool:
+    return bool(judges.substring(answer, _judged(sample, around)))
 
 
-def _exact(sample: Sample, answer: str) -> bool:
-    return _plain(sample.answer or "") == _plain(answer) != ""
+def _exact(sample: Sample, answer: str, around: Marks = KNOWN) -> bool:
+    return bool(judges.exact(answer, _judged(sample, around)))
 
 
-def _any(sample: Sample, answer: str) -> bool:
+def _any(sample: Sample, answer: str, around: Marks = KNOWN) -> bool:
     return True
 
 
-_JUDGES: dict[str, Judge] = {"contains": _contains, "exact": _exact, "none": _any}
+def _judged(sample: Sample, around: Marks) -> Judged:
+    return Judged(str(sample.row), (), answers=(sample.answer or "",), marks=around)
 
 
-def _plain(text: str) -> str:
-    """What is said after the thinking, without case, emphasis, surplus space and punctuation at the ends."""
-    _, thought, after = text.rpartition("</think>")
-    said = after if thought else text.partition("<think>")[0]
-    folded = _EMPHASIS.sub("", unicodedata.normalize("NFKC", said).casefold().translate(_SIMPLER))
-    return " ".join(folded.split()).strip(" .,;:!?\"'")
-
-
-_LATIN = r"a-z0-9\u00c0-\u024f"
-_SIMPLER = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
-_EMPHASIS = re.compile(r"(?<!\w)[*`]+|[*`]+(?!\w)")  # not the sign in 3*4
+_JUDGES: dict[str, Callable[..., bool]] = {"contains": _contains, "exact": _exact, "none": _any}
 
 
 # --- files ---------------------------------------------------------------------------------------------------
