@@ -215,6 +215,49 @@ def test_an_adapter_in_the_layout_of_the_released_ones_takes_the_recipe_it_is_to
         torch.testing.assert_close(loaded(input_ids=ids).logits, same(ids).logits)
 
 
+KINDS = {
+    "DoRA": {"use_dora": True},
+    "head": {"modules_to_save": ["lm_head"]},
+    "embeddings": {"modules_to_save": ["embed_tokens"]},
+    "norms": {"modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"]},
+    "LoRA on embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "LoRA on embeddings and head": {"target_modules": ["embed_tokens", "lm_head"]},
+    "tokens": {"trainable_token_indices": [5, 6]},
+    "ranks of their own": {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "target_modules": ".*[qv]_proj"},
+    "some layers": {"layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_adapters_of_all_kinds_of_lora_are_loaded_and_merged(tmp_path, options):
+    trained = peft.get_peft_model(tiny("llama"), peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **options}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    with_embeddings = "embed_tokens" in options.get("target_modules", ())  # as peft does, which then warns of it
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=with_embeddings)
+    swaa_flex.adapt(trained, RECIPE).eval()
+    ids = torch.randint(3, 99, (1, 60), generator=generator)
+    with torch.no_grad():
+        expected = trained(input_ids=ids).logits
+        assert not torch.allclose(expected, swaa_flex.adapt(tiny("llama"), RECIPE).eval()(ids).logits, atol=1e-2)
+        loaded = load_adapter(tiny("llama"), tmp_path / "adapter", RECIPE)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+        merge(loaded, tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="swaa_flex").eval()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["self_attn"]}, {"layer_replication": [[0, 2], [0, 1]]}])
+def test_an_adapter_that_copies_attention_is_refused(tmp_path, options):
+    lora = peft.LoraConfig(**{"r": 4, "target_modules": ["up_proj"], **options})
+    peft.get_peft_model(tiny("llama"), lora).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"whole copies of layers with attention, such as .*self_attn"):
+        load_adapter(tiny("llama"), tmp_path, RECIPE)
+
+
 @pytest.mark.parametrize(
     ("given", "problem"),
     [

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import recipes
 from ..config import SWAAConfig
@@ -23,7 +22,6 @@ from ..hf.config import swaa_of
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 ADAPTER = "adapter"
 RECIPE = "swaa_config.json"
@@ -34,6 +32,9 @@ def load_adapter(
     model: PreTrainedModel, folder: str | Path, swaa: str | SWAAConfig | Mapping[str, Any] | None = None
 ) -> PeftModel:
     """Puts a LoRA adapter on its base model, under the recipe it was trained for.
+
+    All that peft saves with one is part of it: DoRA's magnitudes, trained embeddings, heads and norms
+    (`modules_to_save`), single tokens (`trainable_token_indices`), biases.
 
     Adapters of `finetune` bring their recipe in `swaa_config.json`. Others, such as those that the paper's authors
     released, take it from `swaa`.
@@ -48,7 +49,7 @@ def load_adapter(
         The model with the adapter, ready for generation.
 
     Raises:
-        ConfigError: if there is no adapter, no recipe, or the adapter is for another model.
+        ConfigError: if there is no adapter, no recipe, or the adapter is for another model or replaces whole layers.
         ImportError: if peft is not installed.
     """
     folder = Path(folder)
@@ -73,6 +74,7 @@ def load_adapter(
             f"model again ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         ) from error
     _refuse_other_weights(tuned, folder)
+    _refuse_copied_layers(tuned, folder)
     return tuned.eval()
 
 
@@ -130,18 +132,36 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _refuse_other_weights(tuned: PeftModel, folder: Path) -> None:
-    """Refuses weights that are not those of the layers of this model, of which peft warns, or says nothing."""
+    """Refuses weights that are not those of the layers of this model, of which peft warns, or says nothing.
 
-    def plain(names: Iterable[str]) -> set[str]:  # as in a file: the name of the adapter is not part of them
-        return {re.sub(r"\.default(?=\.|$)", "", name) for name in names}
-
-    wanted = plain(name for name in tuned.state_dict() if "lora_" in name)
-    found = plain(peft().load_peft_weights(str(folder), device="cpu"))
-    for problem, names in (("lacks weights of this model", wanted - found), ("has weights of others", found - wanted)):
+    What an adapter consists of, peft knows: besides the matrices of LoRA, magnitudes (DoRA), whole modules
+    (`modules_to_save`), single tokens, biases. Whole embeddings may be there too (`save_embedding_layers`).
+    """
+    wanted = set(peft().get_peft_model_state_dict(tuned, save_embedding_layers=False))
+    found = set(peft().load_peft_weights(str(folder), device="cpu"))
+    others = found - wanted - set(tuned.state_dict())
+    for problem, names in (("lacks weights of this model", wanted - found), ("has weights of others", others)):
         if names:
             raise ConfigError(
                 f"{folder}: the adapter {problem}, {len(names)} in all, such as {min(names)}; it is for another "
                 "model, or in a layout other than peft's. Load the model again"
+            )
+
+
+def _refuse_copied_layers(tuned: PeftModel, folder: Path) -> None:
+    """Refuses adapters for which peft copies attention: the copy has a configuration of its own.
+
+    So it would keep the recipe of today when the model gets another one.
+    """
+    base = tuned.get_base_model()
+    own = {id(module.config) for module in base.modules() if isinstance(module, PreTrainedModel)}
+    for name, module in base.named_modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) not in own:
+            raise ConfigError(
+                f"{folder}: the adapter brings whole copies of layers with attention, such as {name} "
+                "(modules_to_save or layer_replication), which would not follow a change of the recipe; expected "
+                "weights of single projections, embeddings, norms or the head. Load the model again"
             )
 
 
