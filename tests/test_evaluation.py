@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_distill import tiny_model, words_tokenizer
+from test_tuning_data import byte_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import swaa_flex
@@ -495,6 +496,40 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(options, problem,
 def test_lengths_beyond_the_model_are_refused(model, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="length 4096: expected 1 to 2048 tokens"):
         evaluate(model, tokenizer, CONFIGS, [RandomTask()], [16, 4096], count=1, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "most"),
+    [("niah_single", 1000, 992), ("niah_multivalue", 1000, 944), ("niah_single", 992, None)],
+)
+def test_prompts_leave_room_for_their_answers(task, length, most, tmp_path, monkeypatch):
+    """As learned positions need: there are 1024."""
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=300, n_positions=1024, eos_token_id=256)
+    model, ran = GPT2LMHeadModel(config).eval(), []
+    monkeypatch.setattr(scoring, "results", lambda *batch: ran.append(batch) or [{"score": 0.0}] * len(batch[-1]))
+
+    def measure():
+        tasks = [Needles(name="short", new_tokens=1), *get(task)]
+        return evaluate(model, byte_tokenizer(None), {"full": "full"}, tasks, [length], count=1, out=tmp_path)
+
+    if most is not None:
+        with pytest.raises(ConfigError, match=rf"task {task}, sample 0: .* further than 1024; .* at most {most}$"):
+            measure()
+        assert ran == []
+    else:
+        measure()
+        assert len(ran) == 2
+
+
+def test_questions_from_a_file_leave_room_for_their_answers(model, tokenizer, tmp_path, monkeypatch):
+    rows = [{"prompt": " ".join(["red"] * words), "answer": "blue"} for words in (3, 2000)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = watched(monkeypatch)
+    task = get(f"qa:{tmp_path / 'rows.jsonl'}")
+    with pytest.raises(ConfigError, match=r"sample 1: 2003 tokens of prompt and 64 .* 2048; expected .* at most 1984"):
+        evaluate(model, tokenizer, CONFIGS, task, [None], count=2, out=tmp_path)
+    assert ran == []
+    evaluate(model, tokenizer, {"full": "full"}, task, [1984], count=2, out=tmp_path)
 
 
 def test_what_a_task_refuses_is_refused_before_anything_is_run(model, tokenizer, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from swaa_flex import ConfigError, SWAAConfig
 from swaa_flex.analysis.cost import Cost, Rates, estimate, measure, visible_pairs
 from swaa_flex.analysis.recommend import FULL, Option, Quality, able, candidates, choose, qualities, shrunk
 from swaa_flex.cli import app
+from swaa_flex.cli import recommend as cli_recommend
 from swaa_flex.evaluation import questions
 from swaa_flex.evaluation.statistics import Interval
 from swaa_flex.evaluation.summary import Cell, Summary
@@ -85,6 +86,26 @@ def test_candidates_vary_window_layers_and_decoding():
     ]
     assert found["window 2k, odd layers full"] == replace(NEAR, sliding_window=2048, full_attention_layers="1::2")
     assert not found["window 5000, no FA decode"].full_attention_decode
+
+
+def test_names_say_which_windows_run():
+    found = candidates(NEAR, [2048, 50], {}, context=4096, length=1024)
+    assert list(found)[1:] == [
+        f"window {w}{rest}" for w in ("2k (run as 512)", "50 (run as 12)") for rest in (", no FA decode", "")
+    ]
+    assert [config.sliding_window for config in found.values()] == [None, 2048, 2048, 50, 50]
+    assert list(candidates(NEAR, [50], {}, context=4096, length=4096))[1:] == ["window 50, no FA decode", "window 50"]
+
+
+def test_quality_is_measured_on_prompts_that_leave_room_for_the_answers(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_recommend, "ON_CPU", 1 << 20)  # as on a GPU: prompts of the context
+    given = ("--samples", 1, "--tasks", "niah_single", "--windows", 16, "--out", tmp_path, "--json")
+    done = run(folder, *given)
+    # The model answers nothing right, which is found out after it has answered.
+    assert done.exit_code == 1 and "full attention has no answer right" in done.stderr
+    (facts,) = {json.loads(path.read_text())["length"] for path in tmp_path.glob("samples/*.json")}
+    assert facts == 512 - 32
+    assert run(folder, *given, "--length", 512).stderr.count("expected lengths of at most 480") == 1
 
 
 def cell(config, task, value, low, high, metric="score"):
@@ -178,10 +199,20 @@ def test_the_command_writes_a_configuration_table_and_picture(folder, tmp_path):
     assert (tmp_path / "recommend.png").read_bytes().startswith(b"\x89PNG")
     assert printed["timed"] == "estimated for NVIDIA H200"
     assert {o["config"]["sliding_window"] for o in printed["options"]} == {None, 8, 32}
+    # What was measured is what the names say: 384 tokens in place of 512.
+    measured = {o["name"].partition(",")[0]: o["measured"] for o in printed["options"]}
+    windows = {name: config["sliding_window"] for name, config in measured.items()}
+    assert windows == {"full attention": None, "window 8 (run as 6)": 6, "window 32 (run as 24)": 24}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    ran = {name.partition(",")[0]: config["sliding_window"] for name, config in summary["configs"].items()}
+    assert ran == windows
+    assert {config["dense_tail"] for config in measured.values() if config["sliding_window"]} == {64}
     assert [o["total_s"] for o in printed["options"]] == sorted(o["total_s"] for o in printed["options"])
     table = run(*given, "--budget", 1, "--time", "measured")
     assert table.exit_code == 0, table.output
-    assert "measured on this CPU" in " ".join(table.stdout.split())
+    said = " ".join(table.stdout.split())
+    assert "measured on this CPU" in said
+    assert "in proportion to 512 (run as), 96 sinks and a dense tail of 64 rows" in said
     *lines, _, _, _ = table.stdout.splitlines()  # the last ones are to be copied, and do not wrap
     assert max(map(len, lines)) <= 100
 

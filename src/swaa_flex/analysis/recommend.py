@@ -84,11 +84,16 @@ class Recommendation:
     length: int
     timed: str
 
+    def measured(self, option: Option) -> SWAAConfig:
+        """The configuration that the quality of an option was measured with, which is that for shorter prompts."""
+        return shrunk(option.config, self.context, self.length)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
 
         def plain(option: Option) -> dict[str, Any]:
-            return asdict(option) | {"config": option.config.to_dict(), "on_front": option in self.front}
+            configs = {"config": option.config.to_dict(), "measured": self.measured(option).to_dict()}
+            return asdict(option) | configs | {"on_front": option in self.front}
 
         return {
             "context": self.context,
@@ -155,23 +160,34 @@ class Recommendation:
 
 
 def candidates(
-    base: SWAAConfig, windows: Sequence[int], layer_sets: Mapping[str, list[int] | str]
+    base: SWAAConfig,
+    windows: Sequence[int],
+    layer_sets: Mapping[str, list[int] | str],
+    *,
+    context: int = 1,
+    length: int = 1,
 ) -> dict[str, SWAAConfig]:
     """What to try: full attention; every layer sliding, without and with full-attention decode; and the layer sets.
+
+    Names say which window runs where quality is measured on shorter prompts.
 
     Args:
         base: what they have in common: sinks and dense tail.
         windows: in tokens.
         layer_sets: layers that stay full, by what to call them; with full-attention decode.
+        context: tokens of the prompts that are meant.
+        length: tokens of the prompts that quality is measured on (`shrunk`).
     """
     found = {"full attention": FULL}
     for window in windows:
         near = replace(base, sliding_window=window, full_attention_layers=())
-        found[f"window {_tokens(window)}, no FA decode"] = replace(near, full_attention_decode=False)
-        found[f"window {_tokens(window)}"] = replace(near, full_attention_decode=True)
-        for name, layers in layer_sets.items():
+        runs = shrunk(near, context, length).sliding_window
+        name = f"window {_tokens(window)}" if runs == window else f"window {_tokens(window)} (run as {runs})"
+        found[f"{name}, no FA decode"] = replace(near, full_attention_decode=False)
+        found[name] = replace(near, full_attention_decode=True)
+        for layers_name, layers in layer_sets.items():
             some = replace(near, full_attention_layers=layers, full_attention_decode=True)
-            found[f"window {_tokens(window)}, {name} full"] = some
+            found[f"{name}, {layers_name} full"] = some
     return found
 
 
@@ -179,7 +195,7 @@ def shrunk(config: SWAAConfig, context: int, length: int) -> SWAAConfig:
     """The configuration for shorter prompts: a window that is the same share of the prompt.
 
     Sinks are at most as large a share, but at least four: how many tokens a model needs there does not depend on the
-    length.
+    length. Nor does how many tokens a question at the end of a prompt takes, so the dense tail stays as it is.
     """
     if config.sliding_window is None or length >= context:
         return config

@@ -19,7 +19,8 @@ from ..config import SWAAConfig
 from ..errors import ConfigError, did_you_mean
 from ..evaluation import texts
 from ..evaluation.prompts import thinks_always
-from ..evaluation.runner import evaluate
+from ..evaluation.runner import evaluate, positions
+from ..evaluation.runner import tokens as tokens_of
 from ..files import write_atomically
 from . import asked, checkpoint, paths, tokens
 from . import columns as fitting
@@ -76,7 +77,7 @@ def recommend(
     Windows, sets of full layers and, for models that can think, prompts with and
     without thought are tried out. Quality is measured on this machine and is
     relative to full attention, without thought. Where it is measured on shorter
-    prompts than yours, windows are shorter in proportion. Time is measured where
+    prompts than yours, windows are shorter in proportion, as the names say. Time is measured where
     there is a GPU, uncompiled; elsewhere it is counted for an H200.
 
     A run that was interrupted goes on where it was when it is started again.
@@ -104,17 +105,19 @@ def recommend(
     paths.write_folder("--out", out)
     loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
     on_gpu = loaded.device.type == "cuda"
-    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 1 << 17
-    wanted = min(longest, 1 << 17) if wanted is None else wanted
+    longest = positions(loaded)
+    by_thought = _by_thought(tokenizer, chosen_tasks)
+    wanted = int(min(longest, 1 << 17)) if wanted is None else wanted
     if wanted > longest:
         raise ConfigError(f"--context {context}: the model goes no further than {longest} tokens")
-    measured_on = measured_on or (wanted if on_gpu else min(wanted, ON_CPU))
+    if measured_on is None:
+        measured_on = _fitting(tokenizer, by_thought, wanted if on_gpu else min(wanted, ON_CPU), longest)
     if measured_on > wanted:
         raise ConfigError(f"--length {length}: expected at most the {wanted} tokens of the context")
     given = given or [max(1, wanted // share) for share in (64, 16)]
     configs = _configs(loaded, tokenizer, text, given, wanted, measured_on)
     summaries = _evaluated(
-        loaded, tokenizer, configs, chosen_tasks, measured_on, context=wanted, count=samples, seed=seed,
+        loaded, tokenizer, configs, by_thought, measured_on, context=wanted, count=samples, seed=seed,
         batch_size=batch_size, out=out,
     )  # fmt: skip
     is_measured = on_gpu if times == "auto" else times == "measured"
@@ -155,31 +158,46 @@ def _configs(
         if len(ids) >= length:
             order = lazy(model, [ids[:length]], near, layers // 2).order
             layer_sets["lazy half"] = sorted(order)
-    return candidates(base, windows, layer_sets)
+    return candidates(base, windows, layer_sets, context=context, length=length)
+
+
+def _by_thought(tokenizer: Any, tasks: Sequence[Any]) -> dict[bool, list[Any]]:
+    """The tasks, by whether the prompt lets the model think; without first, where the model can do without."""
+    styles = {False: "direct", True: "cot"}
+    if thinks_always(tokenizer):
+        del styles[False]
+    elif "enable_thinking" not in (tokenizer.chat_template or ""):
+        del styles[True]
+    return {
+        thinks: [replace(task, style=style) if getattr(task, "style", style) != style else task for task in tasks]
+        for thinks, style in styles.items()
+    }
+
+
+def _fitting(tokenizer: Any, by_thought: Mapping[bool, Sequence[Any]], length: int, longest: float) -> int:
+    """The length of prompts that leaves room for the answers to all tasks, at most `length`."""
+    samples = [task.samples(tokenizer, length, 1, 0)[0] for tasks in by_thought.values() for task in tasks]
+    # A text whose perplexity is asked for is within the length.
+    beyond = [sample for sample in samples if len(sample.continuations) != 1]
+    answer = max((tokens_of(sample) - len(sample.prompt) for sample in beyond), default=0)
+    return int(min(length, longest - answer))
 
 
 def _evaluated(
     model: Any,
     tokenizer: Any,
     configs: Mapping[str, SWAAConfig],
-    tasks: Sequence[Any],
+    by_thought: Mapping[bool, Sequence[Any]],
     length: int,
     *,
     context: int,
     **settings: Any,
 ) -> dict[bool, Any]:
-    """Summaries, by whether the prompt lets the model think; without thought first, where the model can do without."""
+    """Summaries, by whether the prompt lets the model think."""
     short = {name: shrunk(config, context, length) for name, config in configs.items()}
-    styles = {False: "direct", True: "cot"}
-    if thinks_always(tokenizer):
-        del styles[False]
-    elif "enable_thinking" not in (tokenizer.chat_template or ""):
-        del styles[True]
-    summaries = {}
-    for thinks, style in styles.items():
-        chosen = [replace(task, style=style) if getattr(task, "style", style) != style else task for task in tasks]
-        summaries[thinks] = evaluate(model, tokenizer, short, chosen, [length], **settings)
-    return summaries
+    return {
+        thinks: evaluate(model, tokenizer, short, tasks, [length], **settings) for thinks, tasks in by_thought.items()
+    }
 
 
 def _write(found: Recommendation, out: Path) -> None:
@@ -217,7 +235,13 @@ def _print(found: Recommendation, out: Path) -> None:
             less=("total s", "GiB", "ms/token", "TTFT s"),
         )
     )
-    shorter = "" if found.length == found.context else f", windows shorter in proportion to {found.context}"
+    shorter = ""
+    if found.length < found.context:
+        runs = found.measured(next(option for option in found.options if option.config.sliding_window))
+        shorter = (
+            f", with windows in proportion to {found.context} (run as), {runs.sink_tokens} sinks and a dense tail of "
+            f"{runs.dense_tail} rows"
+        )
     notes = (
         f"Quality: relative to full attention, at {found.length} tokens{shorter}; in brackets the lower end of the "
         f"95 % interval. TTFT: time to the first token, of {found.context} tokens, {found.timed}. GiB: of the cache. "

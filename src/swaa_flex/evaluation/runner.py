@@ -78,8 +78,8 @@ def evaluate(
         configs: what to compare, by name: recipes, `SWAAConfig`s or their fields as a dict. The others are compared
             with the first one that has full attention in every layer.
         tasks: what to ask, see `swaa_flex.evaluation.tasks`.
-        lengths: of the prompts in tokens (of prompt and continuation where text is scored). Questions from a file have
-            lengths of their own, and the largest of these is the limit; None for no limit.
+        lengths: of the prompts in tokens (of prompt and continuation where text is scored); answers come on top.
+            Questions from a file have lengths of their own, and the largest of these is the limit; None for no limit.
         count: samples of each task and length; a task that has fewer gives all.
         out: the folder of the results.
         seed: of the samples.
@@ -90,14 +90,19 @@ def evaluate(
         The summary, in every process.
 
     Raises:
-        ConfigError: if there is nothing to do, a configuration does not fit the model, or a length is too long for it.
+        ConfigError: if there is nothing to do, a configuration does not fit the model, or the model goes too short for
+            prompts of a length and their answers.
         DoesNotFitError: if a single sample does not fit into the GPU's memory.
     """
     out = Path(out)
     chosen = _checked(model, configs, tasks, lengths, count, batch_size)
     rows = _rows(tasks, lengths)
-    for task, length in rows:
-        task.samples(tokenizer, length, 1, seed)  # what a task refuses, it refuses before anything is computed
+    # What a task refuses, it refuses before anything is computed, and so are prompts without room for their answers.
+    # The samples of questions have lengths of their own; of other tasks, one shows that of all.
+    counts = [count if isinstance(task, Questions | Choices) else 1 for task, _ in rows]
+    trials = [task.samples(tokenizer, length, some, seed) for (task, length), some in zip(rows, counts, strict=True)]
+    for (task, _), trial in zip(rows, trials, strict=True):
+        _check_samples(task, trial, positions(model))
     state = PartialState(cpu=model.device.type == "cpu", timeout=LONGEST_WAIT)
     stops = scoring.stop_tokens(model, tokenizer)
     depends_on = _facts(model) | {"stop_tokens": stops, "seed": seed}
@@ -107,7 +112,8 @@ def evaluate(
     with _as_measured(model, stops), _bar(len(rows) * len(set(chosen.values())) * count, shown) as bar:
         memory = _Memory(bar.console)
         for task, length in rows:
-            samples = _samples(task, tokenizer, length, count, seed)
+            samples = task.samples(tokenizer, length, count, seed)
+            _check_samples(task, samples, positions(model))
             keys = {sample.id: key(sample) for sample in samples}
             compute = partial(scoring.results, model, tokenizer, task)
             facts = {"task": task.name, "length": length, "facts": task.facts(), **depends_on}
@@ -186,7 +192,7 @@ def _checked(
         if names.count(name) > 1:
             raise ConfigError(f"task {name} is there {names.count(name)} times; expected tasks of different names")
     text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or math.inf
+    longest = positions(model)
     for length in lengths:
         if length is not None and not 1 <= length <= longest:
             raise ConfigError(f"length {length}: expected 1 to {longest} tokens, which is as long as the model goes")
@@ -220,8 +226,13 @@ def _facts(model: Any) -> dict[str, Any]:
     }
 
 
-def _samples(task: Task, tokenizer: Any, length: int | None, count: int, seed: int) -> list[Sample]:
-    samples = task.samples(tokenizer, length, count, seed)
+def positions(model: Any) -> float:
+    """How many tokens a model takes, prompt and answer together."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def _check_samples(task: Task, samples: Sequence[Sample], most: float) -> None:
+    """Refuses samples that a model of at most so many tokens cannot answer."""
     if not samples:
         raise ConfigError(f"task {task.name}: it has no samples; expected at least one")
     for sample in samples:
@@ -229,17 +240,23 @@ def _samples(task: Task, tokenizer: Any, length: int | None, count: int, seed: i
             raise ConfigError(
                 f"task {task.name}, sample {sample.id}: its prompt is empty; expected at least one token"
             )
-    return samples
+        if tokens(sample) > most:
+            answer = tokens(sample) - len(sample.prompt)
+            raise ConfigError(
+                f"task {task.name}, sample {sample.id}: {len(sample.prompt)} tokens of prompt and {answer} for the "
+                f"answer, and the model goes no further than {most}; expected lengths of at most {most - answer}"
+            )
 
 
 def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
     """The longest first. The same in every run, so that a sample always has the same neighbours."""
-    ordered = sorted(samples, key=_tokens, reverse=True)
+    ordered = sorted(samples, key=tokens, reverse=True)
     for first in range(0, len(ordered), batch_size):
         yield ordered[first : first + batch_size]
 
 
-def _tokens(sample: Sample) -> int:
+def tokens(sample: Sample) -> int:
+    """How many tokens a sample takes, prompt and answer together."""
     return len(sample.prompt) + max(map(len, sample.continuations), default=sample.new_tokens)
 
 
@@ -258,7 +275,7 @@ class _Memory:
         self, batch: Sequence[Sample], compute: Callable[[Sequence[Sample]], list[dict[str, Any]]]
     ) -> Iterator[tuple[Sequence[Sample], list[dict[str, Any]]]]:
         """The samples that were run together, and their results."""
-        longest = max(map(_tokens, batch), default=0)
+        longest = max(map(tokens, batch), default=0)
         while batch:
             part = batch[: max(1, int(min(len(batch), self._most // longest)))]
             try:
