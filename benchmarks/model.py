@@ -281,7 +281,9 @@ class Kernel:
         )
         near = RECIPES["all SWA"]
         mask = causal() if recipe == "full" else causal() & (window(near.sliding_window) | sinks(near.sink_tokens))
-        plan = swaa_flex.plan(mask, context, context, batch=1, device=query.device, head_dim=shape["head_dim"])
+        plan = swaa_flex.plan(
+            mask, context, context, batch=1, device=query.device, dtype=dtype, head_dim=shape["head_dim"]
+        )
         return runner.milliseconds(lambda: swaa_flex.attention(query, key, value, plan), seconds=1)
 
     def failed(self, note: str) -> Iterator[Result]:

@@ -113,7 +113,16 @@ class Job:
 
         def build() -> list[swaa_flex.AttentionPlan]:
             return [
-                swaa_flex.plan(mask, length, length, batch=1, heads=heads, device=device, head_dim=head_dim)
+                swaa_flex.plan(
+                    mask,
+                    length,
+                    length,
+                    batch=1,
+                    heads=heads,
+                    device=device,
+                    dtype=torch.bfloat16,
+                    head_dim=head_dim,
+                )
                 for mask in (near, causal())
             ]
 

@@ -279,6 +279,7 @@ def ours(backend: str, mask_included: bool = False) -> Callable[..., Attend]:
             batch=1,
             heads=case.shape[0],
             device=query.device,
+            dtype=query.dtype,
             backend=backend,
             needs_grad=case.backward,
             head_dim=case.shape[2],

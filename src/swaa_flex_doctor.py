@@ -139,7 +139,8 @@ def _why_not(name: str, on_gpu: bool) -> str | None:
     if name in ("flash", "triton") and not on_gpu:
         return "it needs a CUDA GPU"
     try:
-        reason = backends.why_not(name, torch.device("cuda" if on_gpu else "cpu"))
+        asked = backends.Inputs(q_len=1, kv_len=1, device=torch.device("cuda" if on_gpu else "cpu"))
+        reason = backends.why_not(name, asked, backends.capability_of(asked.device))
     except Exception as error:  # of a package that the backend needs
         return f"it cannot be asked ({_shortly(error)})"
     if not reason and name == "cpp":

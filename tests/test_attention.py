@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from strategies import BATCH, compositions
 
 import swaa_flex
-from swaa_flex import BackendUnavailableError, ConfigError, MaskError, attention, backends, chunked, kernels, plan
+from swaa_flex import BackendUnavailableError, ConfigError, MaskError, attention, chunked, flex, plan
+from swaa_flex.attention import _joined
 from swaa_flex.masks import (
     causal,
     documents,
@@ -138,7 +139,7 @@ def test_segments_are_joined_with_and_without_gradients(needs_grad):
     rows = torch.randn(1, 2, 1000, 8, requires_grad=needs_grad), torch.randn(1, 2, 20, 8, requires_grad=needs_grad)
     expected = torch.cat([rows[0][:, :, :980], rows[1]], dim=2)
     whole = rows[0] * 1
-    joined = kernels._joined([whole, rows[1]], ready)
+    joined = _joined([whole, rows[1]], ready)
     assert torch.equal(joined, expected)
     if needs_grad:
         assert torch.equal(whole, rows[0]), "the backward pass needs what the kernel returned"
@@ -152,28 +153,10 @@ def test_segments_are_joined_with_and_without_gradients(needs_grad):
 def test_full_causal_rows_by_pytorchs_own_kernels(q_len):
     query, key, value = tensors(q_len=q_len)
     visible = visible_pairs(causal(), q_len, 300, q_offset=300 - q_len)
-    ours = kernels._sdpa(query, key, value, 0.3)
+    ours = flex.sdpa(query, key, value, 0.3)
     torch.testing.assert_close(
         ours.double(), dense_attention(query, key, value, visible, scale=0.3)[0], atol=1e-6, rtol=0
     )
-
-
-def test_kernels_are_for_one_batch_where_they_decode_and_for_all_where_not(monkeypatch):
-    kinds = []
-
-    def not_compiled(kind):
-        kinds.append(kind)
-        return lambda query, *rest: (query, None)
-
-    monkeypatch.setattr(kernels, "_compiled", not_compiled)
-    monkeypatch.setattr(backends, "why_not", lambda *args, **kwargs: "")
-    for q_len, different in ((1, 3), (40, 1)):  # inductor's decode kernel refuses a batch that is symbolic
-        kinds.clear()
-        for batch in (2, 3, 5):
-            query, key, value = torch.randn(batch, 4, q_len, 16), *torch.randn(2, batch, 2, 300, 16).unbind(0)
-            ready = plan(MASKS["window and sinks"], q_len, 300, batch=batch, q_offset=300 - q_len, backend="triton")
-            attention(query, key, value, ready)
-        assert len(set(kinds)) == different
 
 
 @pytest.mark.parametrize("q_offset", [0, 17, 299])
@@ -229,6 +212,34 @@ def test_attention_inside_a_compiled_function_is_one_graph():
         torch.testing.assert_close(compiled(query, key, value), attention(query, key, value, mask))
 
 
+GRAPHS = {
+    "attention": lambda q, k, v: attention(q, k, v, MASKS["window and sinks"]) * 2,
+    "plan": lambda q, k, v: attention(q, k, v, plan(MASKS["window and sinks"], 300, 300, needs_grad=True)) * 2,
+    "log-sum-exp": lambda q, k, v: attention(q, k, v, MASKS["window and sinks"], return_lse=True)[0] * 2,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch.compile does, where it traces what is left
+@pytest.mark.parametrize("name", GRAPHS)
+def test_gradients_on_a_cpu_leave_the_graph_or_are_refused_with_the_way_out(name):
+    """FlexAttention has no backward pass there, and what has one reads on the host."""
+    leaves = [x.requires_grad_() for x in tensors(dtype=torch.float64)]
+    whole = torch.compile(GRAPHS[name], fullgraph=True, backend="eager")
+    message = (
+        r"attention cannot run here: gradients are asked for inside torch\.compile.*run it under torch\.no_grad\(\)"
+    )
+    with pytest.raises(Exception, match=message):
+        whole(*leaves)
+    torch._dynamo.reset()
+    out = torch.compile(GRAPHS[name], backend="eager")(*leaves)
+    expected = oracle(*leaves, MASKS["window and sinks"])[0] * 2
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    weights = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), leaves) for x in (out, expected))
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, its, atol=1e-10, rtol=1e-8)
+
+
 def run(backend="auto", **kwargs):
     return lambda q, k, v: attention(q, k, v, causal(), backend=backend, **kwargs)
 
@@ -273,21 +284,6 @@ UNAVAILABLE = BackendUnavailableError
 def test_what_cannot_run_is_refused_by_name(call, error, message):
     with pytest.raises(error, match=message):
         call(*tensors())
-
-
-def test_head_dim_and_package_are_named_by_the_gpu_backends(monkeypatch):
-    cuda = torch.device("cuda")
-    assert "head_dim=8: it takes at least 16" in backends.why_not("triton", cuda, head_dim=8)
-    assert "float64" in backends.why_not("triton", cuda, dtype=torch.float64)
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    assert "flash-attn-4 is not installed; pip install" in backends.why_not("flash", cuda)
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert "head_dim=256: it takes multiples of 8 up to 128" in backends.why_not("flash", cuda, head_dim=256)
-    assert "float32" in backends.why_not("flash", cuda, dtype=torch.float32)
-    assert backends.why_not("flash", cuda, dtype=torch.bfloat16, head_dim=128) == ""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert "this GPU has 8.0" in backends.why_not("flash", cuda)
 
 
 def test_no_sequence_is_no_error():

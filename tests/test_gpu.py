@@ -15,7 +15,8 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM
 
 import swaa_flex
-from swaa_flex import SWAACache, SWAAConfig, attention, backends
+from swaa_flex import SWAACache, SWAAConfig, attention
+from swaa_flex.backends import Inputs, capability_of, why_not
 from swaa_flex.masks import (
     causal,
     documents,
@@ -39,7 +40,8 @@ pytestmark = [
 
 LENGTH = 700
 CUDA = torch.device("cuda")
-NO_FLASH = backends.why_not("flash", CUDA, dtype=torch.bfloat16, head_dim=64) if torch.cuda.is_available() else "-"
+ASKED = Inputs(q_len=LENGTH, kv_len=LENGTH, device=CUDA, dtype=torch.bfloat16, head_dim=64)
+NO_FLASH = why_not("flash", ASKED, capability_of(CUDA)) if torch.cuda.is_available() else "-"
 flash = pytest.mark.skipif(bool(NO_FLASH), reason=NO_FLASH)
 BACKENDS = ["triton", pytest.param("flash", marks=flash)]
 

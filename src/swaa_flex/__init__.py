@@ -3,12 +3,12 @@
 from . import masks, recipes
 from ._version import __version__
 from .algebra import Mask
+from .attention import attention
 from .block_mask import build_block_mask
 from .compile_cache import load_compile_cache, save_compile_cache
 from .config import SWAAConfig
 from .errors import BackendUnavailableError, ConfigError, DoesNotFitError, MaskError, UnsupportedModelError
 from .hf import CompiledModel, SWAACache, adapt, compile, prompt, restore
-from .kernels import attention
 from .plan import AttentionPlan, plan
 
 __all__ = [

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention import attention
 from ..errors import UnsupportedModelError
-from ..kernels import attention
 from .cache import stored
 from .mask import ForwardMask
 from .prompt_attention import prompt_attention

@@ -18,7 +18,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig
 from transformers.masking_utils import causal_mask_function
 
-from .. import backends
 from ..algebra import Mask, negated
 from ..errors import ConfigError, MaskError, UnsupportedModelError
 from ..masks import (
@@ -256,14 +255,6 @@ class ForwardMask(BlockMask):
             if source is not None:
                 source.cache.check(self.config)
             mask = self.mask_for(layer, key.shape[2], info, source, position_ids, module)
-            backend = backends.resolve(
-                config.backend,
-                self.device,
-                q_len=q_len,
-                needs_grad=needs_grad,
-                dtype=query.dtype,
-                head_dim=max(query.shape[-1], value.shape[-1]),
-            )
             self.plans[variant] = plan(
                 mask,
                 q_len,
@@ -271,11 +262,13 @@ class ForwardMask(BlockMask):
                 batch=batch,
                 heads=query.shape[1],
                 device=self.device,
-                backend=backend,
+                dtype=query.dtype,
+                backend=config.backend,
                 q_offset=self.q_offset,
                 needs_grad=needs_grad,
                 head_dim=query.shape[-1],
-                twin=None if twin is None or backend == "chunked" else twin(),
+                value_dim=value.shape[-1],
+                twin=None if twin is None else twin(),
             )
         return self.plans[variant]
 

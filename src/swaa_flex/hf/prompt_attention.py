@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from ..algebra import Mask
-from ..kernels import attention
+from ..attention import attention
 from ..masks import offset
 from .cache import CACHE, SWAACache
 from .mask import ForwardMask
