@@ -209,7 +209,7 @@ def conditional(some: Tensor, all_: Tensor) -> Bounds:
 
     Args:
         some: bool, broadcastable to `[batch, heads, row_blocks]`: some row of the block may satisfy it.
-        all_: likewise: every row of the block does.
+        all_: bool of the same shape: every row of the block does.
     """
     return Bounds((Interval().when(some),), (Interval().when(all_),))
 
@@ -242,11 +242,20 @@ def _extreme(ends: tuple[Linear, ...], default: int, largest: bool) -> Tensor | 
 
 
 def _maximum(a: Tensor | int, b: Tensor | int) -> Tensor | int:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.maximum(a, b)
-    if isinstance(a, Tensor):
-        return a.clamp(min=b)
-    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
+    if isinstance(b, Tensor):
+        return torch.maximum(a, b) if isinstance(a, Tensor) else _at_least(b, a)
+    return _at_least(a, b) if isinstance(a, Tensor) else max(a, b)
+
+
+def _at_least(tensor: Tensor, number: int) -> Tensor:
+    """`tensor.clamp(min=number)`.
+
+    Inductor on the CPU cannot compile a clamp that is then divided ("vr must not be None for symbol q0", torch 2.13;
+    what later versions can is not known).
+    """
+    if torch.compiler.is_compiling():
+        return torch.where(tensor < number, number, tensor)
+    return tensor.clamp(min=number)
 
 
 def _minimum(a: Tensor | int, b: Tensor | int) -> Tensor | int:
