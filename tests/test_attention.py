@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
-from conftest import dense_attention, visible_pairs
+from conftest import counting_backend, dense_attention, visible_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import BATCH, compositions
+from torch.nn.attention.flex_attention import noop_mask
 
 import swaa_flex
 from swaa_flex import BackendUnavailableError, ConfigError, MaskError, attention, chunked, flex, plan
@@ -20,6 +23,7 @@ from swaa_flex.masks import (
     sinks,
     window,
 )
+from swaa_flex.plan import Segment
 
 MASKS = {
     "causal": causal(),
@@ -107,6 +111,198 @@ def test_chunked_gradients_equal_those_of_the_dense_softmax(name, softcap, monke
     ours = attention(*leaves[:3], MASKS[name], softcap=softcap, sink_logits=leaves[3], return_lse=True)
     for mine, theirs in zip(torch.autograd.grad(loss(*ours), leaves), expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-8)
+
+
+def small(name, dtype=torch.float64):
+    """Rows of several chunks, in which some keys are not seen; `CHUNK_ROWS` is 4."""
+    tensor = {"query": (1, 2, 10, 3), "key": (1, 1, 10, 3), "value": (1, 1, 10, 2), "sinks": (2,)}[name]
+    return torch.randn(tensor, dtype=dtype, requires_grad=True)
+
+
+SMALL = {
+    "window and sinks": causal() & (window(3) | sinks(1)),
+    "rows that see nothing": causal() & window(2) & ~rows_from(8),
+    "all": causal() | ~causal(),
+}
+
+
+@pytest.mark.parametrize("mask", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_chunked_has_second_derivatives(mask, softcap, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_ROWS", 4)
+    query, key, value = leaves = [small(name) for name in ("query", "key", "value")]
+    weights = torch.randn(1, 2, 10, 2, dtype=torch.float64)
+
+    def penalty(function):
+        """The norm of a gradient, whose own gradient is the second derivative; the loss is linear in the output."""
+        out = function(*leaves, mask, softcap=softcap)
+        out = out if isinstance(out, torch.Tensor) else out[0]
+        grads = torch.autograd.grad((out * weights).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    for mine, theirs in zip(penalty(attention), penalty(oracle), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-8)
+    sink_logits = small("sinks")
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, v, s: attention(q, k, v, mask, softcap=softcap, sink_logits=s, return_lse=True)[0],
+        (query, key, value, sink_logits),
+    )
+
+
+def row_by_row(query, key, value, visible, **extra):
+    """The dense softmax of each row over no other keys than those that it sees."""
+    rows = [
+        dense_attention(query[:, :, row : row + 1], key[:, :, seen], value[:, :, seen], seen[seen], **extra)[0]
+        for row, seen in enumerate(visible)
+    ]
+    return torch.cat(rows, dim=2)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("chunk_rows", [4, 256])
+@pytest.mark.parametrize("extra", [{}, {"softcap": 2.0}, {"sink_logits": torch.ones(2).double()}], ids=[*"abc"])
+def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(where, number, chunk_rows, extra, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_ROWS", chunk_rows)
+    mask = causal() & (window(3) | sinks(1))
+    visible = visible_pairs(mask, 10, 10)[0, 0]
+    clean = ~visible[:, 5]
+    assert clean.sum() == 7
+    given = {name: small(name).detach() for name in ("query", "key", "value")}
+    given[where][..., 5, 1] = number
+    leaves = [x.requires_grad_() for x in given.values()]
+    expected = row_by_row(*leaves, visible, **extra)
+    assert expected[:, :, clean].isfinite().all()
+    assert math.isinf(number) or expected[:, :, ~clean].isnan().any()
+    with torch.no_grad():
+        torch.testing.assert_close(attention(*leaves, mask, **extra), expected, equal_nan=True)
+    out = attention(*leaves, mask, **extra)
+    torch.testing.assert_close(out, expected, equal_nan=True)
+    mine, theirs = (torch.autograd.grad(x[:, :, clean].square().sum(), leaves) for x in (out, expected))
+    torch.testing.assert_close(mine[0][:, :, clean], theirs[0][:, :, clean])
+    by_clean_rows_alone = ~visible[~clean].any(0)
+    for grad, right in zip(mine[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(grad[:, :, by_clean_rows_alone], right[:, :, by_clean_rows_alone])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of PyTorch's forward mode
+def test_functions_of_functions_are_right_or_refused(monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK_ROWS", 4)
+    mask = SMALL["window and sinks"]
+    query, key, value = (small(name).detach() for name in ("query", "key", "value"))
+
+    def loss(q, k=key, v=value):
+        return attention(q, k, v, mask).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(leaf := query.clone().requires_grad_()), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(query), expected)
+    for at, name in enumerate(("query", "key", "value")):
+        many = torch.randn(3, *(query, key, value)[at].shape, dtype=torch.float64)
+
+        def call(x, at=at, **extra):
+            return attention(*(x if i == at else given for i, given in enumerate((query, key, value))), mask, **extra)
+
+        for extra in ({}, {"softcap": 3.0}):
+            one_by_one = torch.stack([call(x, **extra) for x in many])
+            torch.testing.assert_close(torch.vmap(lambda x, e=extra, f=call: f(x, **e))(many), one_by_one, msg=name)
+    out, vectors = attention(leaf, key, value, mask), torch.randn(2, 1, 2, 10, 2, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(out, leaf, vectors, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(
+        batched, torch.stack([torch.autograd.grad(out, leaf, v, retain_graph=True)[0] for v in vectors])
+    )
+    with pytest.raises(BackendUnavailableError, match=r"forward-mode derivatives .* use reverse mode"):
+        torch.func.jvp(loss, (query,), (query,))
+
+
+CHOSEN = torch.tensor([True, False, True, False])
+FEW_INDICES = {
+    "heads of a table": lambda b, h, q, k: CHOSEN[h],
+    "even heads": lambda b, h, q, k: h % 2 == 0,
+    "first sequence": lambda b, h, q, k: b == 0,
+    "rows": lambda b, h, q, k: q > 3,
+    "keys": lambda b, h, q, k: k > 3,
+    "nothing at all": noop_mask,
+}
+
+
+@pytest.mark.parametrize("name", FEW_INDICES)
+@pytest.mark.parametrize(
+    "spell", [lambda m: m, lambda m: ~m, lambda m: m & window(9)], ids=["alone", "negated", "and"]
+)
+def test_a_function_may_look_at_few_of_the_indices(name, spell):
+    query, key, value = tensors(q_len=30, kv_len=40)
+    mask = spell(from_mask_mod(FEW_INDICES[name]))
+    out, lse = attention(query, key, value, mask, return_lse=True)
+    expected, expected_lse = oracle(query, key, value, mask)
+    torch.testing.assert_close(attention(query, key, value, mask), expected.float(), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out, expected.float(), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, expected_lse.float(), atol=2e-6, rtol=1e-5)
+
+
+def test_a_plan_for_what_a_tensor_no_longer_holds_is_refused():
+    query, key, value = tensors(q_len=1)
+    position, ids = torch.tensor(70), torch.arange(300) // 110
+    moving = plan(MASKS["window and sinks"], 1, 300, q_offset=position)
+    copied = plan(causal() & documents(ids), 1, 300)
+    before = attention(query, key, value, copied)
+    attention(query, key, value, moving)
+    position += 1
+    ids.zero_()
+    with pytest.raises(MaskError, match=r"has changed in place since the plan was made.*make a new one"):
+        attention(query, key, value, moving)
+    assert torch.equal(attention(query, key, value, copied), before)
+    again = plan(MASKS["window and sinks"], 1, 300, q_offset=position)
+    expected = dense_attention(query, key, value, visible_pairs(MASKS["window and sinks"], 1, 300, 2, 4, 71))[0]
+    torch.testing.assert_close(attention(query, key, value, again), expected.float(), atol=2e-6, rtol=1e-5)
+
+
+def test_functions_with_other_numbers_are_compiled_apart_on_the_cpu():
+    """A number in a closure that varies is symbolic, which the C++ kernel cannot have (torch 2.13)."""
+
+    def kind(mask, backend="cpp"):
+        return Segment(0, 9, backend, mask, None, ()).compiled_for
+
+    def every(n, by=2, inner=None):
+        return from_mask_mod(lambda b, h, q, k, *, by=by: (q + by) % n == 0 if inner is None else inner(b, h, q, k))
+
+    assert kind(every(3)) == kind(every(3))
+    assert kind(every(3)) != kind(every(4))
+    assert kind(every(3)) != kind(every(3, by=3))
+    assert kind(every(3, inner=every(4).mask_mod)) != kind(every(3, inner=every(5).mask_mod))
+    assert kind(causal() & window(3)) == kind(causal() & window(4))
+    assert kind(every(3), "triton") == kind(every(4), "triton")
+
+
+@pytest.mark.slow
+def test_a_function_whose_closure_changes_runs_on_the_cpu():
+    query, key, value = (x[:1, :1] for x in tensors(q_len=150, kv_len=150, heads=1, kv_heads=1))
+    for every, rest in ((3, 0), (4, 0), (5, 2)):
+        mask = causal() & from_mask_mod(lambda b, h, q, k, e=every, r=rest: (q + k) % e == r)
+        with torch.no_grad():
+            out = attention(query, key, value, mask, backend="cpp")
+        torch.testing.assert_close(out, oracle(query, key, value, mask)[0].float(), atol=2e-6, rtol=1e-5)
+
+
+def test_bounds_in_a_graph_are_not_clamped():
+    """Inductor on the CPU cannot divide what was clamped (torch 2.13)."""
+    graphs = []
+    torch.compile(
+        lambda q, k, v: attention(q, k, v, causal() & (window(64) | sinks(4))),
+        fullgraph=True,
+        backend=counting_backend(graphs),
+    )(*(x.detach() for x in tensors()))
+    clamps = [n for n in graphs[0].graph.nodes if n.target == "clamp" and n.kwargs.get("min") is not None]
+    assert not clamps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [129, 1024])
+def test_a_window_of_several_blocks_compiles_with_the_default_backend(length):
+    query, key, value = tensors(length, length)
+    mask = causal() & (window(64) | sinks(4))
+    with torch.no_grad():
+        out = torch.compile(lambda q, k, v: attention(q, k, v, mask), fullgraph=True)(query, key, value)
+    torch.testing.assert_close(out, oracle(query, key, value, mask)[0].float(), atol=2e-6, rtol=1e-5)
 
 
 def test_chunked_keeps_memory_linear_for_windows():
@@ -253,6 +449,11 @@ def of_a_plan(backend):
     return call
 
 
+def jagged():
+    rows = [torch.randn(10, 2, 16), torch.randn(7, 2, 16)]
+    return torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
+
+
 UNAVAILABLE = BackendUnavailableError
 
 
@@ -272,8 +473,17 @@ UNAVAILABLE = BackendUnavailableError
         (run(sink_logits=torch.zeros(3)), MaskError, r"expected one per query head, \[4\]"),
         (lambda q, k, v: attention(q, k, v, swaa_flex.plan(causal(), 9, 9)), MaskError, "plan is for q_len=9"),
         (of_a_plan("triton"), ConfigError, "'triton': the plan is for 'chunked'"),
-        (run(softcap=0.0), MaskError, "softcap=0.0: expected a positive bound, or None for none"),
+        (run(softcap=0.0), MaskError, "softcap=0.0: expected a positive finite bound, or None for none"),
         (run(softcap=-5), MaskError, "softcap=-5"),
+        (run(softcap=math.inf), MaskError, "softcap=inf: expected a positive finite bound"),
+        (run(softcap=math.nan), MaskError, "softcap=nan"),
+        (run(scale=math.nan), MaskError, "scale=nan: expected a finite factor"),
+        (run(scale=-math.inf), MaskError, "scale=-inf: expected a finite factor"),
+        (lambda q, k, v: run()(q, k, v.bfloat16()), MaskError, "one floating-point dtype, got .*bfloat16; cast them"),
+        (lambda q, k, v: run()(q.requires_grad_(), k, v.double()), MaskError, "one floating-point dtype"),
+        (lambda *qkv: run()(*(x.int() for x in qkv)), MaskError, "floating-point dtype, got torch.int32"),
+        (lambda *qkv: run()(*(x.to("meta") for x in qkv)), UNAVAILABLE, "meta tensors hold no numbers; use tensors"),
+        (lambda q, k, v: run()(*[jagged()] * 3), MaskError, "are nested tensors; pad them"),
         (run(sink_logits=[0.0]), MaskError, r"sink_logits: expected a tensor \[heads\], got \[0.0\]"),
         (lambda q, k, v: run()(q, k, v.to("meta")), MaskError, "expected one device, got cpu, cpu and meta"),
         (lambda q, k, v: run()(q[:, :0], k, v), MaskError, "expected at least one head, row and number"),
@@ -288,7 +498,8 @@ def test_what_cannot_run_is_refused_by_name(call, error, message):
 
 def test_no_sequence_is_no_error():
     query, key, value = (x[:0] for x in tensors())
-    assert attention(query, key, value, causal()).shape == query.shape
+    for mask in (causal(), left_padded(causal(), torch.ones(0, 300)), causal() & rows_where(torch.ones(0, 300) > 0)):
+        assert attention(query, key, value, mask).shape == query.shape
 
 
 def test_chunked_is_refused_inside_a_full_graph():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -301,6 +303,23 @@ def with_tensors_in_memory(mask: Mask) -> Mask:
     return changed
 
 
+def versions(mask: Mask) -> tuple[int, ...]:
+    """How often each tensor has changed in place that the mask reads at every call."""
+    tensors = [
+        getattr(part, field.name)
+        for part in _all_masks(mask)
+        for field in fields(part)  # type: ignore[arg-type]
+        if field.name != "source"
+    ]
+    return tuple(x._version for x in tensors if isinstance(x, Tensor) and not x.is_inference())
+
+
+def _all_masks(value: Any) -> list[Mask]:
+    if isinstance(value, tuple):
+        return [mask for item in value for mask in _all_masks(item)]
+    return [value, *_all_masks(value._values())] if isinstance(value, Mask) else []
+
+
 def only_integers(value: Any) -> bool:
     """Whether a mask holds neither tensors nor functions, which may hold some."""
     return all(isinstance(part, int) for part in _parts(value))
@@ -412,6 +431,25 @@ def inlined(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(inlined(part) for part in value)
     return _structure(value) if isinstance(value, Tensor) else value
+
+
+def numbers_in_functions(mask: Mask) -> tuple[int | float, ...]:
+    """The numbers that the functions in a mask read: closures, defaults and globals, not those of what they call."""
+    numbers: list[int | float] = []
+    held: list[Any] = [part for part in _parts(mask) if isinstance(part, types.FunctionType)]
+    seen: set[int] = set()
+    while held:
+        value: Any = held.pop()
+        if isinstance(value, (int, float)):
+            numbers.append(value)
+        elif isinstance(value, (tuple, list)):
+            held.extend(value)
+        elif isinstance(value, types.FunctionType) and id(value) not in seen:
+            seen.add(id(value))
+            names = inspect.getclosurevars(value)
+            held += [number for number in names.globals.values() if isinstance(number, (int, float))]
+            held += [*names.nonlocals.values(), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    return tuple(numbers)
 
 
 def checked(user: str, mask: object) -> Mask:

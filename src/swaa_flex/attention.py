@@ -77,7 +77,8 @@ def attention(
         log-sum-exp of the scores, sink logit included, `[batch, heads, q_len]` (natural logarithm, float32 or wider).
 
     Raises:
-        MaskError: if the shapes do not fit each other or the mask, or `softcap` is not positive.
+        MaskError: if shapes or dtypes do not fit each other or the mask, a plan is for what a tensor in its mask no
+            longer holds, or `softcap` or `scale` is no such number.
         ConfigError: if `backend` is no backend, or not that of the plan.
         BackendUnavailableError: if the backend cannot run what is asked; the message says the way out.
 
@@ -88,8 +89,10 @@ def attention(
         torch.Size([1, 2, 300, 16])
     """
     _check_shapes(query, key, value, sink_logits)
-    if softcap is not None and not softcap > 0:
-        raise MaskError(f"softcap={softcap}: expected a positive bound, or None for none")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise MaskError(f"softcap={softcap}: expected a positive finite bound, or None for none")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise MaskError(f"scale={scale}: expected a finite factor, or None for 1 / sqrt(head_dim)")
     tensors = (query, key, value) if sink_logits is None else (query, key, value, sink_logits)
     inputs = Inputs.of(
         query,
@@ -176,6 +179,11 @@ def _joined(parts: list[Tensor], ready: AttentionPlan) -> Tensor:
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None) -> None:
+    if query.is_nested or key.is_nested or value.is_nested:
+        raise MaskError(
+            "query, key and value are nested tensors; pad them (masks.left_padded) or put the sequences one after "
+            "another in one row (masks.packed)"
+        )
     q, k, v = query.shape, key.shape, value.shape
     if not (len(q) == len(k) == len(v) == 4):
         raise MaskError(
@@ -188,6 +196,12 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor
     if not query.device == key.device == value.device:
         raise MaskError(
             f"query, key and value: expected one device, got {query.device}, {key.device} and {value.device}"
+        )
+    dtypes = query.dtype, key.dtype, value.dtype
+    # Autocast takes care of several of them.
+    if not query.is_floating_point() or (len(set(dtypes)) > 1 and not torch.is_autocast_enabled(query.device.type)):
+        raise MaskError(
+            f"query, key and value: expected one floating-point dtype, got {', '.join(map(str, dtypes))}; cast them"
         )
     if not (q[0] == k[0] == v[0] and q[3] == k[3] and k[1:3] == v[1:3]) or q[1] % k[1]:
         raise MaskError(
@@ -208,6 +222,11 @@ def _checked_plan(ready: AttentionPlan, inputs: Inputs) -> AttentionPlan:
         raise MaskError(
             f"the plan is for q_len={made_for.q_len}, kv_len={made_for.kv_len} and the tensors have {inputs.q_len} "
             f"and {inputs.kv_len}; make a plan for these lengths"
+        )
+    if ready.is_outdated:
+        raise MaskError(
+            f"a tensor in {ready.mask!r} has changed in place since the plan was made, and the plan is for what it "
+            "held then; make a new one"
         )
     own, given = (made_for.batch, made_for.head_dim), (inputs.batch, inputs.head_dim)
     if ready.backend == "flash" and any(a not in (None, b) for a, b in zip(own, given, strict=True)):

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch.nn.attention.flex_attention import BlockMask
 
-from .algebra import Mask, inlined
+from .algebra import Mask, inlined, numbers_in_functions
 from .backends import FLASH_ROWS, Capability, Inputs
 from .block_mask import BLOCK_SIZE
 from .chunked import Chunk
@@ -51,7 +51,10 @@ class Segment:
     @functools.cached_property
     def compiled_for(self) -> Any:
         """What of its mask a compiled kernel is made for."""
-        return inlined(self.mask) if self.backend == "flash" else self.mask.structure
+        if self.backend == "flash":
+            return inlined(self.mask)
+        # Integers that vary between calls are symbolic, which the CPU kernel cannot have: see `_flex_segment`.
+        return self.mask.structure, numbers_in_functions(self.mask) if self.backend == "cpp" else None
 
 
 class Kernel(NamedTuple):

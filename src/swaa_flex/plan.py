@@ -14,8 +14,10 @@ from .algebra import (
     Mask,
     checked,
     has_single_number,
+    on_device,
     only_integers,
     per_sequence,
+    versions,
     with_tensors,
     with_tensors_in_memory,
 )
@@ -38,6 +40,7 @@ class AttentionPlan:
         segments: the kernel calls.
         made_for: the inputs, as far as they were known.
         capability: of the device.
+        versions: of the tensors in the mask when the plan was made; None if that was in a compiled graph.
     """
 
     mask: Mask
@@ -45,6 +48,13 @@ class AttentionPlan:
     segments: tuple[Segment, ...]
     made_for: Inputs
     capability: Capability
+    versions: tuple[int, ...] | None
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether a tensor in the mask has changed in place since the plan was made."""
+        known = self.versions is not None and not torch.compiler.is_compiling()
+        return known and self.versions != versions(self.mask)
 
     @property
     def q_len(self) -> int:
@@ -134,13 +144,14 @@ def plan_for(
     mask: Mask, inputs: Inputs, backend: str, q_offset: int | Tensor = 0, twin: Mask | None = None
 ) -> AttentionPlan:
     """`plan` for a call of which `inputs` says what is known."""
-    everything = _Stretch.of(checked("mask", mask), 0, inputs.q_len, q_offset)
+    everything = _Stretch.of(on_device(checked("mask", mask), inputs.device), 0, inputs.q_len, q_offset)
     check_sizes(everything.local, inputs.q_len, inputs.kv_len, inputs.batch, inputs.heads)
     capability = capability_of(inputs.device)
     backend = resolve(backend, inputs, capability)
+    known = None if inputs.in_graph else versions(everything.local)
     if backend == "chunked":
         segments = [_chunked_segment(stretch, inputs) for stretch in everything.split()]
-        return AttentionPlan(everything.local, backend, tuple(segments), inputs, capability)
+        return AttentionPlan(everything.local, backend, tuple(segments), inputs, capability, known)
     # The compiled CPU kernel is wrong on a slice of a query that is computed in the same graph (torch 2.13).
     if twin is not None or (backend == "cpp" and inputs.in_graph):
         stretches = [everything]
@@ -152,7 +163,7 @@ def plan_for(
     if len(bounded) > 1 and not inputs.in_graph and len({list_width(b.bounds, inputs.kv_len) for b in bounded}) == 1:
         bounded = [_bounded(everything, inputs, backend, capability, twin)]
     segments = [_flex_segment(b, inputs) for b in bounded]
-    return AttentionPlan(everything.local, backend, tuple(segments), inputs, capability)
+    return AttentionPlan(everything.local, backend, tuple(segments), inputs, capability, known)
 
 
 class _Stretch(NamedTuple):
