@@ -366,6 +366,20 @@ def test_few_rows_cut_out_of_a_query_are_no_work_for_the_decode_kernel(on, calle
     assert called.shapes == [(8, 4001), (8, 8)]
 
 
+@pytest.mark.parametrize(
+    ("machine", "q_len", "backends_"),
+    [(H200, 700, ["FLASH", "TRITON"]), (A100, 700, ["TRITON", "TRITON"]), (H200, 1, ["AUTO"])],
+)
+def test_choices_are_traced_into_one_graph(on, called, monkeypatch, machine, q_len, backends_):
+    on(machine)
+    monkeypatch.setattr(flex, "_flex_call", called.call)
+    near = causal() & window(70)
+    mask = near if q_len == 1 else near | (causal() & rows_from(680))
+    compiled = torch.compile(lambda *qkv: attention(*qkv, mask), fullgraph=True, backend="eager")
+    assert compiled(*tensors(q_len, 700)).shape == (2, 8, q_len, 128)
+    assert called.options == backends_
+
+
 def test_padded_heads_are_dropped_from_output_and_log_sum_exp(on, called):
     on(H200)
     out, lse = attention(*tensors(3, 4001, query_heads=6), causal(), return_lse=True)
