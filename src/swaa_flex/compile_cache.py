@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 
 from ._version import __version__
 from .errors import ConfigError
+from .files import write_atomically
 
 _MAGIC = b"swaa_flex compile cache\n"
 
@@ -27,15 +27,7 @@ def save_compile_cache(path: str | os.PathLike[str]) -> None:
     artifacts = torch.compiler.save_cache_artifacts()
     if artifacts is None:
         raise ConfigError("nothing has been compiled in this process: call warmup() or a compiled function first")
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_MAGIC + json.dumps(_machine()).encode() + b"\n" + artifacts[0])
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(Path(path), _MAGIC + json.dumps(_machine()).encode() + b"\n" + artifacts[0])
 
 
 def load_compile_cache(path: str | os.PathLike[str]) -> None:
@@ -54,9 +46,11 @@ def load_compile_cache(path: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{path}: expected a file that swaa_flex.save_compile_cache wrote")
     header, _, artifacts = data[len(_MAGIC) :].partition(b"\n")
     try:
-        made = dict(json.loads(header))
-    except ValueError as error:
-        raise ConfigError(f"{path}: its header is damaged; compile again and save it anew") from error
+        made = json.loads(header)
+    except (ValueError, RecursionError):
+        made = None
+    if not isinstance(made, dict):
+        raise ConfigError(f"{path}: its header is damaged; compile again and save it anew")
     here = _machine()
     differs = [f"{name}: {made.get(name)} there, {here[name]} here" for name in here if made.get(name) != here[name]]
     if differs:

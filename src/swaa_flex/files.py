@@ -1,24 +1,69 @@
-"""Files that are there as a whole or not at all, and folders that are files."""
+"""Files that are there as a whole or not at all, files that one run writes at a time, and folders that are files."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from .errors import ConfigError
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader, or a run that was killed, finds the old or the new one whole.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader, or a run that was killed, finds the old or the new one whole.
 
     Args:
         path: the file; its folder is made.
-        text: what it is to hold.
+        content: what it is to hold.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keeps a file, and what is written beside it, to this run: another run that wants it is refused at once.
+
+    The operating system holds the lock, on a file `PATH.lock`, and releases it when the process ends, however it ends.
+    Of the processes of one run (`accelerate launch`), the first one holds it.
+
+    Args:
+        path: the file; its folder is made.
+
+    Raises:
+        ConfigError: if another run holds it, or nothing can be written there.
+    """
+    if not is_first_process():
+        yield
+        return
+    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigError(f"{path}: another run is writing it; wait until it has ended, or choose another") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: nothing can be written there ({error}); choose another place") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows deletes no file that is open
+            Path(lock.lock_file).unlink()  # while it is locked: a lock on a file that is gone counts for nothing
+        lock.release()
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of those that a launcher has started, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def refuse_file(folder: str | Path, called: str = "") -> None:
