@@ -1,3 +1,4 @@
+import datetime
 import json
 import re
 import sys
@@ -8,7 +9,8 @@ import torch
 from test_models import tiny
 from test_smollm2 import pytestmark as needs_smollm2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 import swaa_flex
 from swaa_flex import ConfigError
@@ -23,6 +25,7 @@ from swaa_flex.tuning.data import (
     opened_thinking,
     prompt_ids,
     read_samples,
+    unreadable,
 )
 
 CHATML = (
@@ -220,7 +223,7 @@ def test_parquet_rows_become_the_same_samples(tmp_path):
         read_samples(tmp_path / "text.parquet")
 
 
-def unreadable(pyarrow):
+def bad_columns(pyarrow):
     """Columns of three values, of which Python cannot hold the second, or not without pandas."""
     return {
         "no UTF-8": pyarrow.array([b"fine", b"\xff bad", b"fine"]).view(pyarrow.string()),
@@ -234,7 +237,7 @@ def unreadable(pyarrow):
 def test_columns_of_a_parquet_file_that_are_not_looked_at_are_not_read(tmp_path, kind):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    other = unreadable(pyarrow)[kind]
+    other = bad_columns(pyarrow)[kind]
     path, prompts = tmp_path / "data.parquet", ["a", "b", "c"]
     parquet.write_table(pyarrow.table({"prompt": prompts, "other": other, "prompt.other": other}), path)
     samples, bad = read_samples(path)
@@ -248,7 +251,7 @@ def test_columns_of_a_parquet_file_that_are_not_looked_at_are_not_read(tmp_path,
 def test_a_value_of_a_parquet_file_that_cannot_be_read_is_a_bad_row(tmp_path, column):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    values = unreadable(pyarrow)["no UTF-8"]
+    values = bad_columns(pyarrow)["no UTF-8"]
     if column == "messages":
         roles = pyarrow.array(["user"] * 3)
         message = pyarrow.StructArray.from_arrays([roles, values], names=["role", "content"])
@@ -276,6 +279,20 @@ def test_empty_fields_of_a_message_are_not_shown_to_the_template():
     tokenizer = byte_tokenizer(CHATML.replace("m['content'] +", "m['content'] + m | string +"))
     messages = [chat("Hi")[0] | {"tool_calls": [], "name": None}]
     assert prompt_ids(tokenizer, messages) == prompt_ids(tokenizer, chat("Hi"))
+
+
+@pytest.mark.parametrize("damaged", ["header", "page", "footer", "end"])
+def test_a_damaged_parquet_file_is_refused(damaged, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"prompt": [f"a {i}" for i in range(500)]}), path, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    begin = {"header": 0, "page": 6, "footer": data.rfind(b"prompt") - 40, "end": len(data) - 8}[damaged]
+    data[begin : begin + 20] = b"\xff" * min(20, len(data) - begin)
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"rows\.parquet: not a parquet file, or damaged"):
+        read_samples(path)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
@@ -417,6 +434,47 @@ def test_a_tokenizer_that_begins_texts_with_a_blank_does_not_begin_answers_with_
     assert example.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
     answers = [token for token, row in zip(example.input_ids, example.decode_rows, strict=True) if row]
     assert tokenizer.convert_ids_to_tokens(answers) == [*written, "2", "</s>"]
+
+
+@pytest.mark.parametrize("begin", ["", "  ", "\n", " \n", "{# one #}"])
+@pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d, %Y, %H:%M:%S %p", "%j %y %U %a %I"])
+def test_the_date_in_a_template_is_that_of_any_day(form, begin, monkeypatch):
+    class NewYear(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2025, 1, 1)
+
+    opening = "{% set today = strftime_now('FORM') if strftime_now is defined else 'never' %}{{ 'Today: ' + today }}\n"
+    tokenizer = byte_tokenizer(begin + opening.replace("FORM", form) + CHATML)
+    prompt = prompt_ids(tokenizer, chat("Hello"))
+    example = encode(tokenizer, chat("Hello", "Hi"))
+    assert example.input_ids[: len(prompt)] == prompt
+    monkeypatch.setattr(chat_template_utils, "datetime", NewYear)
+    assert prompt == tokenizer.apply_chat_template(chat("Hello"), add_generation_prompt=True, return_dict=False)
+
+
+def test_any_error_of_a_template_is_a_refusal():
+    tokenizer = byte_tokenizer("{{ messages[0]['content'] + 1 }}" + CHATML)
+    with pytest.raises(ConfigError, match="the chat template refuses messages of the roles user"):
+        prompt_ids(tokenizer, chat("Hello"))
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "new_tokens", "problem"),
+    [
+        (GPT2Config(vocab_size=9, n_positions=8), [0, 8], 6, None),
+        (GPT2Config(vocab_size=9, n_positions=8), [0, 8], 7, "2 tokens and 7 to be written, and the model has 8"),
+        (GPT2Config(vocab_size=9, n_positions=8), [1] * 9, 0, "9 tokens, and the model has 8 positions"),
+        (OPTConfig(vocab_size=9, max_position_embeddings=8), [1] * 9, 0, "9 tokens, and the model has 8 positions"),
+        (LlamaConfig(vocab_size=9, max_position_embeddings=8), [1] * 9, 9, None),
+        (LlamaConfig(vocab_size=9), [0, 9], 0, "token ids from 0 to 9, and the model has 9"),
+        (LlamaConfig(vocab_size=9), [-1, 3], 0, "token ids from -1 to 3"),
+        (LlamaConfig(vocab_size=9), [], 3, "no tokens"),
+    ],
+)
+def test_what_a_model_cannot_read_is_known_before_it_does(config, tokens, new_tokens, problem):
+    found = unreadable(config, tokens, new_tokens)
+    assert found is None if problem is None else problem in found
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])

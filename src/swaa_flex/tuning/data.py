@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from ..errors import ConfigError, did_you_mean
@@ -18,6 +18,8 @@ from ..hf.labels import IGNORED
 from .reasoning import Marks, marks_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+DATE = datetime(2025, 1, 1)
+"""The day in every prompt whose chat template writes the date: a run that goes on later has the same tokens."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ def read_samples(path: str | Path) -> tuple[list[Sample], list[str]]:
 def prompt_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], **template: Any) -> list[int]:
     """The tokens a model is given when it is to answer.
 
-    That is the chat template with its generation prompt, applied once. A tokenizer without a template gets the
-    contents joined by newlines, with the special tokens that it adds to any text.
+    That is the chat template with its generation prompt, applied once. If it writes the date, that is 1 January 2025,
+    on any day. A tokenizer without a template gets the contents joined by newlines, with the special tokens that it
+    adds to any text.
 
     Args:
         tokenizer: of transformers.
@@ -256,6 +259,28 @@ def fit(examples: Sequence[Example], max_length: int) -> tuple[list[Example], li
     return kept, dropped
 
 
+def unreadable(config: Any, tokens: Sequence[int], new_tokens: int = 0) -> str | None:
+    """Says why a model cannot read a text and go on from there, None if it can.
+
+    Args:
+        config: the model's, one of transformers.
+        tokens: token ids `[len]`.
+        new_tokens: how many tokens the model is to write after them.
+    """
+    text = config.get_text_config()
+    if not tokens:
+        return "it has no tokens"
+    lowest, highest = min(tokens), max(tokens)
+    if lowest < 0 or highest >= text.vocab_size:
+        return f"token ids from {lowest} to {highest}, and the model has {text.vocab_size}"
+    positions = getattr(text, "max_position_embeddings", None)
+    rotary = getattr(text, "rope_parameters", None) is not None  # goes on beyond the longest text of the training
+    if positions is not None and not rotary and len(tokens) + new_tokens > positions:
+        written = f" and {new_tokens} to be written" if new_tokens else ""
+        return f"{len(tokens)} tokens{written}, and the model has {positions} positions"
+    return None
+
+
 @dataclass(frozen=True)
 class Collator:
     """Makes a batch of examples, padded or packed.
@@ -383,18 +408,22 @@ def _parquet(file: Path, columns: Sequence[str]) -> Iterator[object]:
     except ImportError as error:
         raise ImportError(f"{file}: reading parquet takes pyarrow: pip install 'swaa-flex[eval]'") from error
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{file}: not a parquet file ({error}); write it again, or take .jsonl") from error
-    with table:
-        names = table.schema_arrow.names
-        wanted = [name for name in names if name in columns]
-        for name in wanted:
-            if wanted.count(name) > 1:
-                raise ConfigError(f"{file}: column {name!r} is there {wanted.count(name)} times; rename the others")
-        for batch in table.iter_batches(batch_size=64, columns=wanted):
-            for place in range(batch.num_rows):
-                yield _parquet_row(batch, place, dict.fromkeys(names))
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names = table.schema_arrow.names
+            wanted = [name for name in names if name in columns]
+            for name in wanted:
+                if wanted.count(name) > 1:
+                    times = wanted.count(name)
+                    raise ConfigError(f"{file}: column {name!r} is there {times} times; rename the others")
+            for batch in table.iter_batches(batch_size=64, columns=wanted):
+                for place in range(batch.num_rows):
+                    yield _parquet_row(batch, place, dict.fromkeys(names))
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(
+            f"{file}: not a parquet file, or damaged ({error}); write it again, or take .jsonl"
+        ) from error
 
 
 def _parquet_row(batch: Any, place: int, row: dict[str, Any]) -> object:
@@ -483,6 +512,15 @@ def _kind(value: object) -> str:
 
 _ANSWER = "\ue000answer\ue000"
 """Stands in for an answer when the template is asked what it writes around one."""
+
+_CODES = [f"%{flag}{code}" for flag in ("", "-") for code in "aAbBcdefhHIjmMpRSTuUVwWxXyYzZDFG"]
+# The function that transformers gives to templates, defined anew by a template that is put before theirs: a function
+# cannot be passed to one, since of what is passed transformers 5.24 leaves only plain data.
+_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace({code!r}, {DATE.strftime(code)!r})" for code in _CODES)
+    + " }}{% endmacro %}\n"
+)
 
 
 def _check(messages: Sequence[Mapping[str, str]], *, answered: bool = False) -> None:
@@ -609,8 +647,10 @@ def _prompt_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], template
 def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], template: Mapping[str, Any], *, ask: bool) -> str:
     chat = [{"role": message["role"], "content": message["content"]} for message in messages]
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask, **template))
-    except TemplateError as error:
+        text = tokenizer.get_chat_template(template.get("chat_template"))
+        told = {**template, "chat_template": _CLOCK + text} if "strftime_now" in text else template
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask, **told))
+    except Exception as error:  # a template is a program of others, which fails in any way
         roles = ", ".join(message["role"] for message in messages)
         raise ConfigError(
             f"the chat template refuses messages of the roles {roles}: {error}; change the messages or pass "
