@@ -1,4 +1,5 @@
 import copy
+import datetime
 import json
 import re
 import shlex
@@ -10,7 +11,16 @@ import time
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import chat_template_utils
 from typer.testing import CliRunner
 
 import swaa_flex
@@ -482,6 +492,85 @@ def test_a_finished_file_is_replaced_only_on_request(model, tokenizer, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     distill(model, tokenizer, questions(), out, **SETTINGS, overwrite=True)
     assert out.read_text() != "mine\n"
+
+
+def test_another_tokenizer_is_refused_whatever_it_makes_of_the_first_prompt(model, tokenizer, interrupted):
+    out, whole = interrupted
+    other = words_tokenizer()
+    other.add_tokens(["seven"])
+    with pytest.raises(ConfigError, match=r"other settings \(another tokenizer\)"):
+        distill(model, other, questions(), out, **SETTINGS)
+    tokenizer(["red", "red green"], padding=True)  # which a tokenizer remembers
+    assert distill(model, tokenizer, questions(), out, **SETTINGS).resumed == 4
+    assert out.read_bytes() == whole
+
+
+def test_a_second_run_is_refused_before_it_harms_the_first(model, tokenizer, tmp_path, monkeypatch):
+    out, answers, refused = tmp_path / "out.jsonl", module._answers, []
+
+    def meanwhile(*args):
+        for overwrite in (False, True):
+            with pytest.raises(ConfigError, match=r"out\.jsonl: another run is writing it"):
+                distill(model, tokenizer, questions(), out, **SETTINGS, overwrite=overwrite)
+            refused.append(overwrite)
+        return answers(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_answers", meanwhile)
+        distill(model, tokenizer, questions(), out, **SETTINGS)
+    assert refused == [False, True] * 4
+    distill(model, tokenizer, questions(), tmp_path / "alone.jsonl", **SETTINGS)
+    assert out.read_bytes() == (tmp_path / "alone.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.jsonl", "out.jsonl"]
+
+
+def test_rows_that_cannot_be_asked_are_named_before_the_first_answer_and_left_out(tokenizer, tmp_path, capsys):
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (TEMPLATE)
+    )
+    tokenizer.add_tokens(["seven"])  # which the model has no embedding for
+    torch.manual_seed(0)
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=12, eos_token_id=3, bos_token_id=None, **size)).eval()
+    good = questions(5)
+    contents = {"seven": "token ids from 1 to 12, and the model has 12", "red " * 10: "13 tokens and 12 to be written"}
+    bad = [Sample(({"role": "user", "content": text},), "red", None, 20 + i) for i, text in enumerate(contents)]
+    bad.append(Sample(({"role": "system", "content": "red"}, {"role": "user", "content": "red"}), "red", None, 22))
+    mixed = [*good[:2], *bad, *good[2:]]
+    result = distill(model, tokenizer, mixed, tmp_path / "mixed.jsonl", **SETTINGS, judge="none")
+    distill(model, tokenizer, good, tmp_path / "good.jsonl", **SETTINGS, judge="none")
+    assert (tmp_path / "mixed.jsonl").read_bytes() == (tmp_path / "good.jsonl").read_bytes()
+    assert result.rows == 5
+    for line, row, problem in zip(result.left_out, (20, 21, 22), (*contents.values(), "no system"), strict=True):
+        assert line.startswith(f"row {row}: ") and problem in line
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["3 of 8 prompts are left out:", *(f"  {line}" for line in result.left_out)]
+    with pytest.raises(ConfigError, match="none of the 3 can be answered; the first, row 20: token ids"):
+        distill(model, tokenizer, bad, tmp_path / "bad.jsonl", **SETTINGS)
+
+
+def test_a_run_whose_template_writes_the_date_goes_on_on_another_day(model, tmp_path, monkeypatch):
+    class Clock(datetime.datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, cls.day)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = "{{ ['red', 'green', 'blue'][strftime_now('%d') | int % 3] }} " + TEMPLATE
+    distill(model, tokenizer, questions(), tmp_path / "whole.jsonl", **SETTINGS, judge="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            distill(model, tokenizer, questions(), tmp_path / "out.jsonl", **SETTINGS, judge="none")
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_bytes(b"".join(partial.read_bytes().splitlines(keepends=True)[:3]))
+    Clock.day = 2
+    assert distill(model, tokenizer, questions(), tmp_path / "out.jsonl", **SETTINGS, judge="none").resumed == 4
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 # --- refusals ------------------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def test_one_configuration_with_two_names_is_run_once(model, tokenizer, tmp_path
     assert len(ran) == 7 and [cell.config for cell in found.cells] == ["a", "b"]
 
 
-@pytest.mark.parametrize("cut", [1, 20, "whole line"])
+@pytest.mark.parametrize("cut", [2, 20, "whole line"])
 def test_a_line_that_was_cut_off_is_run_again(cut, model, tokenizer, tmp_path, monkeypatch):
     first = run(model, tokenizer, tmp_path, configs={"sliding": SLIDING})
     (path,) = tmp_path.rglob("*.jsonl")
@@ -282,7 +282,9 @@ def test_a_line_that_was_cut_off_is_run_again(cut, model, tokenizer, tmp_path, m
     ran = watched(monkeypatch)
     assert run(model, tokenizer, tmp_path, configs={"sliding": SLIDING}) == first
     assert ran == [f"answers 4 {json.loads(last)['id']}"]
-    assert path.read_bytes() == before
+    torn = b"" if cut == "whole line" else last[:-cut] + b"\n"
+    assert path.read_bytes() == before.removesuffix(last) + torn + last
+    assert run(model, tokenizer, tmp_path, configs={"sliding": SLIDING}) == first and len(ran) == 1
 
 
 def test_the_folder_says_what_each_file_depends_on(model, tokenizer, tmp_path):
@@ -309,7 +311,8 @@ def slow(*batch):
 scoring.results = slow
 tests.run(tests.decided_model(), tests.words_tokenizer(), tests.Path(sys.argv[1]), tests.TASKS, count=8)
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+PYTHONPATH = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
 
 
 def test_a_run_that_was_killed_ends_with_the_same_summary_and_runs_no_sample_twice(
@@ -543,6 +546,66 @@ def test_what_a_task_refuses_is_refused_before_anything_is_run(model, tokenizer,
     with pytest.raises(ConfigError, match="too short"):
         run(model, tokenizer, tmp_path, [RandomTask(), RandomTask("text")])
     assert ran == []
+
+
+def test_samples_that_the_model_cannot_be_given_are_named_and_left_out(tokenizer, tmp_path, capsys):
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = (
+        "{% if 'blue' in messages[0]['content'] %}{{ raise_exception('no blue') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    tokenizer.add_tokens(["seven"])  # which the model has no embedding for
+    size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=12, eos_token_id=3, bos_token_id=None, **size)).eval()
+    prompts = ["red", "blue", "seven", "red " * 11, "green"]
+    rows = "".join(json.dumps({"prompt": prompt, "answer": "red"}) + "\n" for prompt in prompts)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    (task,) = get(f"qa:{tmp_path / 'rows.jsonl'}", new_tokens=4)
+
+    def measured(name):
+        return evaluate(
+            model, tokenizer, {"full": "full"}, [task], [None], count=5, out=tmp_path / name, progress=False
+        )
+
+    assert measured("a").cells[0].samples == 2
+    heading, *said = capsys.readouterr().err.splitlines()
+    assert heading == "3 samples of qa:rows are left out:"
+    assert [line.partition(": ")[0].strip() for line in sorted(said)] == ["row 1", "sample 2", "sample 3"]
+    assert "no blue" in said[0] and "token ids from" in "".join(said) and "16 positions" in "".join(said)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "seven", "answer": "red"}))
+    (task,) = get(f"qa:{tmp_path / 'rows.jsonl'}", new_tokens=4)
+    with pytest.raises(ConfigError, match="task qa:rows: none of its 1 samples can be used, sample 0: token ids"):
+        measured("b")
+
+
+def test_a_second_run_in_the_same_folder_is_refused(model, tokenizer, tmp_path, monkeypatch):
+    compute, refused = scoring.results, []
+
+    def meanwhile(*batch):
+        with pytest.raises(ConfigError, match=r"summary\.json: another run is writing it"):
+            run(model, tokenizer, tmp_path, configs={"full": "full"})
+        refused.append(batch)
+        return compute(*batch)
+
+    monkeypatch.setattr(scoring, "results", meanwhile)
+    run(model, tokenizer, tmp_path, configs={"sliding": SLIDING})
+    assert len(refused) == 3 and len(lines(tmp_path)) == 7
+
+
+def test_no_result_is_lost_to_another_that_is_opened_or_written_meanwhile(tmp_path):
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom swaa_flex.evaluation.results import Results\n"
+        "from swaa_flex.evaluation.tasks import Sample\nprint(flush=True)\nnumber = 0\n"
+        "while True:\n    store = Results(Path(sys.argv[1]), {'task': 't', 'length': 1})\n"
+        "    store.append([Sample(f'other {number % 9}', (number % 9,))], [{'score': 0}])\n    number += 1\n"
+    )
+    store = Results(tmp_path, {"task": "t", "length": 1})
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for number in range(400):
+            store.append([Sample(f"s{number}", (number,))], [{"score": 1, "answer": "x" * 9000}])
+        other.kill()
+    assert sum(result["score"] for result in store.read().values()) == 400
 
 
 def test_a_task_without_samples_is_refused(model, tokenizer, tmp_path, monkeypatch):

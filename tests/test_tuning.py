@@ -299,6 +299,22 @@ def test_a_folder_of_another_run_is_refused_by_name(tmp_path):
     assert not again.training and again.config.swaa == RECIPE.to_dict()
 
 
+def test_a_second_run_in_the_same_folder_is_refused_before_the_first_checkpoint(tmp_path, monkeypatch):
+    step, refused = train._Trainer.training_step, []
+
+    def meanwhile(*args, **kwargs):
+        with pytest.raises(ConfigError, match=r"run\.json: another run is writing it"):
+            finetune(adapted(), examples(2), tmp_path, config=TuningConfig(max_steps=2, **FAST), quiet=True)
+        refused.append(args)
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Trainer, "training_step", meanwhile)
+        finetune(adapted(), examples(2), tmp_path, config=TuningConfig(max_steps=1, **FAST), quiet=True)
+    assert len(refused) == 2 and json.loads((tmp_path / "run.json").read_text())["max_steps"] == 1
+    assert not list(tmp_path.glob("*.lock"))
+
+
 @pytest.mark.parametrize("broken", ["{", "[]"])
 def test_damaged_and_foreign_folders_are_refused(tmp_path, broken):
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The exceptions of the library, and the hint their messages share.
+"""The exceptions of the library, and what their messages share.
 
 ```
 SWAAError
@@ -12,7 +12,7 @@ SWAAError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -51,3 +51,17 @@ def did_you_mean(name: object, choices: Iterable[str]) -> str:
     """
     nearest = get_close_matches(str(name).lower(), choices, n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def listed(heading: str, lines: Sequence[str], shown: int = 5) -> str:
+    """Return a heading with the first lines under it, and how many more there are.
+
+    Examples:
+        >>> print(listed("3 rows are left out:", ["row 1: empty", "row 4: empty", "row 5: empty"], shown=2))
+        3 rows are left out:
+          row 1: empty
+          row 4: empty
+          and 1 more
+    """
+    more = [f"and {len(lines) - shown} more"] if len(lines) > shown else []
+    return "\n  ".join([heading, *lines[:shown], *more])

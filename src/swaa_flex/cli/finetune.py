@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..hf.adapt import adapt
 from ..hf.config import swaa_of
 from ..tuning import adapters, train
-from ..tuning.data import Example, encode, encode_each, fit, read_samples
+from ..tuning.data import Example, encode, encode_each, fit, read_samples, unreadable
 from . import checkpoint, paths
 from .left_out import report
 
@@ -104,8 +104,8 @@ def finetune(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     loaded, tokenizer = checkpoint.load(model)
-    examples = _examples(data, tokenizer, max_length)
-    others = _examples(held_out, tokenizer, max_length) if held_out else []
+    examples = _examples(data, tokenizer, loaded.config, max_length)
+    others = _examples(held_out, tokenizer, loaded.config, max_length) if held_out else []
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     train.finetune(adapt(loaded, chosen), examples, out, held_out=others, config=config, pad_token_id=pad or 0)
     _say(f"{len(examples)} samples, wrote {out / adapters.ADAPTER}")
@@ -153,7 +153,7 @@ def _recipe(name: str) -> str | SWAAConfig | dict[str, Any]:
     return fields
 
 
-def _examples(data: Path, tokenizer: Any, max_length: int) -> list[Example]:
+def _examples(data: Path, tokenizer: Any, of_model: Any, max_length: int) -> list[Example]:
     samples, left_out = read_samples(data)
     examples: list[Example] = []
     for sample in samples:
@@ -164,6 +164,10 @@ def _examples(data: Path, tokenizer: Any, max_length: int) -> list[Example]:
             encoded = _encoded(tokenizer, messages)
         except ConfigError as error:
             left_out.append(f"row {sample.row}: {error}")
+            continue
+        problem = next(filter(None, (unreadable(of_model, example.input_ids) for example in encoded)), None)
+        if problem is not None:
+            left_out.append(f"row {sample.row}: {problem}")
             continue
         fitting, too_long = fit(encoded, max_length)
         examples += fitting

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-SHOWN = 5
+from ..errors import listed
 
 
 def say(text: str) -> None:
@@ -18,10 +18,5 @@ def say(text: str) -> None:
 
 def report(heading: str, rows: Sequence[str], say: Callable[[str], None]) -> None:
     """Names the first rows that are left out, under a heading, and counts the others; nothing if there are none."""
-    if not rows:
-        return
-    say(heading)
-    for row in rows[:SHOWN]:
-        say(f"  {row}")
-    if len(rows) > SHOWN:
-        say(f"  and {len(rows) - SHOWN} more")
+    if rows:
+        say(listed(heading, rows))

@@ -26,7 +26,7 @@ class _FromFile(ABC):
     """What the tasks have in common.
 
     Samples are rows of the file, in an order that the seed decides. With a length, only rows whose prompt has at most
-    so many tokens are among them. Rows that cannot be used are left out.
+    so many tokens are among them. Rows that cannot be used are left out, and such as the chat template refuses.
 
     Attributes:
         path: A `.jsonl` file, a `.json` file that holds a list, or a `.parquet` file.
@@ -48,7 +48,12 @@ class _FromFile(ABC):
         for row in rows:
             if len(found) == count:
                 break
-            sample = self._sample(tokenizer, row)
+            try:
+                sample = self._sample(tokenizer, row)
+            except ConfigError as error:
+                refused = f"row {row.row}: {error}"
+                self.left_out += [] if refused in self.left_out else [refused]
+                continue
             lengths.append(len(sample.prompt))
             if length is None or len(sample.prompt) <= length:
                 found.append(sample)
@@ -56,6 +61,8 @@ class _FromFile(ABC):
             raise ConfigError(
                 f"{self.path}: length={length}, but the shortest prompt has {min(lengths)} tokens; ask for more"
             )
+        if rows and not lengths:
+            raise ConfigError(f"{self.path}: no row can be asked; {self.left_out[-1]}")
         return found
 
     @abstractmethod
@@ -127,7 +134,7 @@ _COLUMNS = ("context", "prompt", "question", "answer", "choices", *(f"choice_{le
 
 @dataclass(frozen=True)
 class _ChoiceRow:
-    number: int
+    row: int
     text: str
     choices: tuple[str, ...]
     right: int
@@ -184,7 +191,7 @@ class Choices(_FromFile):
         choices = ascii_uppercase[: len(row.choices)] if self.letters else row.choices
         prompt, continuations = data.choices(tokenizer, messages, choices, **template)
         return Sample(
-            id=str(row.number),
+            id=str(row.row),
             prompt=tuple(prompt),
             continuations=tuple(map(tuple, continuations)),
             right=row.right,

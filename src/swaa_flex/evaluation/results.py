@@ -26,8 +26,8 @@ class Results:
     """The finished samples of one configuration, task and length.
 
     The name of the file ends with the fingerprint of all that a result depends on besides the sample, which a `.json`
-    beside it spells out. Each process appends to a file of its own. A line is a result once its newline is there, so
-    one without is what a killed run was about to write.
+    beside it spells out. Each process appends to a file of its own. Nothing is ever removed from it: a line that is
+    no JSON, as a killed run leaves one, counts for nothing, and its sample is computed again.
 
     Args:
         folder: where the files are.
@@ -40,8 +40,6 @@ class Results:
         self.folder = folder
         self.name = f"{of_task}-{hashed(facts)}"
         self.path = folder / (f"{self.name}.{process}.jsonl" if process else f"{self.name}.jsonl")
-        if self.path.exists():
-            os.truncate(self.path, len(_complete(self.path.read_bytes())))
         if process == 0:
             write_atomically(folder / f"{self.name}.json", json.dumps(facts, indent=2) + "\n")
 
@@ -49,11 +47,14 @@ class Results:
         """The results of all processes, by the key of the sample."""
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.folder.glob(f"{self.name}*.jsonl")):
-            for number, line in enumerate(_complete(path.read_bytes()).splitlines(), 1):
+            for number, line in enumerate(path.read_bytes().splitlines(), 1):
                 try:
                     result = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                try:
                     found.setdefault(result["key"], result)
-                except (ValueError, KeyError, TypeError) as error:
+                except (KeyError, TypeError) as error:
                     raise ConfigError(
                         f"{path}, line {number}: expected a result as JSON; delete the line, and its sample is "
                         "computed again"
@@ -67,12 +68,11 @@ class Results:
             for sample, result in zip(samples, results, strict=True)
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with self.path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    lines.insert(0, "\n")  # ends the line that a killed run has begun
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
-
-
-def _complete(content: bytes) -> bytes:
-    """Without a line that was cut off."""
-    return content[: content.rfind(b"\n") + 1]

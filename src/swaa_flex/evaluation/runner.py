@@ -34,11 +34,12 @@ from transformers import GenerationConfig
 from .. import recipes
 from .._version import __version__
 from ..config import SWAAConfig
-from ..errors import ConfigError, DoesNotFitError
-from ..files import write_atomically
+from ..errors import ConfigError, DoesNotFitError, listed
+from ..files import held, write_atomically
 from ..hf import NAME
 from ..hf.adapt import adapt, restore
 from ..hf.config import set_recipe
+from ..tuning.data import unreadable
 from ..tuning.identity import identity
 from . import scoring
 from .questions import Choices, Questions
@@ -70,7 +71,10 @@ def evaluate(
     Answers are greedy. Where a prompt ends is known to the masks, so answers and scored continuations are decode rows.
     Results of samples go to `OUT/samples`, in files that are named by what they depend on: model, configuration, task,
     length, seed, device and versions. Finished samples are not computed again. `OUT/summary.json` is the summary. With
-    `accelerate launch` each process takes its share of the batches.
+    `accelerate launch` each process takes its share of the batches. One run at a time writes to `out`.
+
+    Samples that the model cannot be given are named on stderr and left out: those that the chat template refuses, with
+    a token that the model does not have, or longer than learned positions reach.
 
     Args:
         model: a causal language model of transformers; its attention, mode and generation config are put back.
@@ -90,52 +94,56 @@ def evaluate(
         The summary, in every process.
 
     Raises:
-        ConfigError: if there is nothing to do, a configuration does not fit the model, or the model goes too short for
-            prompts of a length and their answers.
+        ConfigError: if there is nothing to do, a configuration does not fit the model, the model goes too short for
+            prompts of a length and their answers, or another run is writing to `out`.
         DoesNotFitError: if a single sample does not fit into the GPU's memory.
     """
     out = Path(out)
     chosen = _checked(model, configs, tasks, lengths, count, batch_size)
     rows = _rows(tasks, lengths)
-    # What a task refuses, it refuses before anything is computed, and so are prompts without room for their answers.
-    # The samples of questions have lengths of their own; of other tasks, one shows that of all.
-    counts = [count if isinstance(task, Questions | Choices) else 1 for task, _ in rows]
-    trials = [task.samples(tokenizer, length, some, seed) for (task, length), some in zip(rows, counts, strict=True)]
-    for (task, _), trial in zip(rows, trials, strict=True):
-        _check_samples(task, trial, positions(model))
+    said = {(task.name, line) for task in tasks for line in getattr(task, "left_out", ())}
+    for task, length in rows:
+        # What cannot be asked at all is refused before anything is computed. Of generated samples, one shows that of
+        # all; those of a file have lengths of their own.
+        _samples(model, task, tokenizer, length, count if isinstance(task, Questions | Choices) else 1, seed)
     state = PartialState(cpu=model.device.type == "cpu", timeout=LONGEST_WAIT)
     stops = scoring.stop_tokens(model, tokenizer)
-    depends_on = _facts(model) | {"stop_tokens": stops, "seed": seed}
     measured: list[_Measured] = []
     turns = itertools.count()
     shown = progress and state.is_main_process
-    with _as_measured(model, stops), _bar(len(rows) * len(set(chosen.values())) * count, shown) as bar:
-        memory = _Memory(bar.console)
-        for task, length in rows:
-            samples = task.samples(tokenizer, length, count, seed)
-            _check_samples(task, samples, positions(model))
-            keys = {sample.id: key(sample) for sample in samples}
-            compute = partial(scoring.results, model, tokenizer, task)
-            facts = {"task": task.name, "length": length, "facts": task.facts(), **depends_on}
-            stores = {  # by configuration, so that one with two names is measured once
-                config: Results(out / "samples", {**facts, "swaa": config.to_dict()}, state.process_index)
-                for config in chosen.values()
-            }
-            for config, store in stores.items():
-                bar.update(ONLY, description=f"{_name(config, chosen)}, {task.name} {length or ''}")
-                model.config.swaa = config
-                finished = store.read()
-                for batch in _batches(samples, batch_size):
-                    if next(turns) % state.num_processes == state.process_index:
-                        new = [sample for sample in batch if keys[sample.id] not in finished]
-                        for part in memory.parts(new, compute):
-                            store.append(*part)
-                    bar.advance(ONLY, len(batch))
-            measured.append(_Measured(task.name, length, list(keys.values()), stores))
-    state.wait_for_everyone()
-    summary = _summary(model, seed, chosen, measured)
-    if state.is_main_process:
-        write_atomically(out / SUMMARY, json.dumps(summary.to_dict(), indent=2) + "\n")
+    with held(out / SUMMARY):
+        depends_on = _facts(model) | {"stop_tokens": stops, "seed": seed}
+        with _as_measured(model, stops), _bar(len(rows) * len(set(chosen.values())) * count, shown) as bar:
+            memory = _Memory(bar.console)
+            for task, length in rows:
+                samples, left_out = _samples(model, task, tokenizer, length, count, seed)
+                new_lines = [line for line in left_out if (task.name, line) not in said]
+                said |= {(task.name, line) for line in new_lines}
+                if new_lines and state.is_main_process:
+                    heading = f"{len(new_lines)} samples of {task.name} are left out:"
+                    bar.console.print(listed(heading, new_lines), markup=False, highlight=False, soft_wrap=True)
+                keys = {sample.id: key(sample) for sample in samples}
+                compute = partial(scoring.results, model, tokenizer, task)
+                facts = {"task": task.name, "length": length, "facts": task.facts(), **depends_on}
+                stores = {  # by configuration, so that one with two names is measured once
+                    config: Results(out / "samples", {**facts, "swaa": config.to_dict()}, state.process_index)
+                    for config in chosen.values()
+                }
+                for config, store in stores.items():
+                    bar.update(ONLY, description=f"{_name(config, chosen)}, {task.name} {length or ''}")
+                    model.config.swaa = config
+                    finished = store.read()
+                    for batch in _batches(samples, batch_size):
+                        if next(turns) % state.num_processes == state.process_index:
+                            new = [sample for sample in batch if keys[sample.id] not in finished]
+                            for part in memory.parts(new, compute):
+                                store.append(*part)
+                        bar.advance(ONLY, len(batch))
+                measured.append(_Measured(task.name, length, list(keys.values()), stores))
+        state.wait_for_everyone()
+        summary = _summary(model, seed, chosen, measured)
+        if state.is_main_process:
+            write_atomically(out / SUMMARY, json.dumps(summary.to_dict(), indent=2) + "\n")
     return summary
 
 
@@ -231,21 +239,45 @@ def positions(model: Any) -> float:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def _check_samples(task: Task, samples: Sequence[Sample], most: float) -> None:
-    """Refuses samples that a model of at most so many tokens cannot answer."""
-    if not samples:
-        raise ConfigError(f"task {task.name}: it has no samples; expected at least one")
+def _samples(
+    model: Any, task: Task, tokenizer: Any, length: int | None, count: int, seed: int
+) -> tuple[list[Sample], list[str]]:
+    """The samples of a task that the model can be given, and a line for each row of a file that is left out.
+
+    Raises:
+        ConfigError: if a generated sample cannot be used, or no row of a file can.
+    """
+    samples = task.samples(tokenizer, length, count, seed)
+    left_out = list(getattr(task, "left_out", ()))
+    readable = []
     for sample in samples:
-        if not sample.prompt:
-            raise ConfigError(
-                f"task {task.name}, sample {sample.id}: its prompt is empty; expected at least one token"
-            )
-        if tokens(sample) > most:
-            answer = tokens(sample) - len(sample.prompt)
-            raise ConfigError(
-                f"task {task.name}, sample {sample.id}: {len(sample.prompt)} tokens of prompt and {answer} for the "
-                f"answer, and the model goes no further than {most}; expected lengths of at most {most - answer}"
-            )
+        problem = _problem(model, sample)
+        if not problem:
+            readable.append(sample)
+        elif isinstance(task, Questions | Choices):
+            left_out.append(f"sample {sample.id}: {problem}")
+        else:
+            raise ConfigError(f"task {task.name}, sample {sample.id}: {problem}")
+    if not readable:
+        reason = f"none of its {len(samples)} samples can be used, {left_out[-1]}" if samples else "it has no samples"
+        raise ConfigError(f"task {task.name}: {reason}; expected at least one")
+    return readable, left_out
+
+
+def _problem(model: Any, sample: Sample) -> str | None:
+    """Why a model cannot answer a sample; None or empty if it can."""
+    if not sample.prompt:
+        return "its prompt is empty; expected at least one token"
+    most = positions(model)
+    if tokens(sample) > most:
+        answer = tokens(sample) - len(sample.prompt)
+        return (
+            f"{len(sample.prompt)} tokens of prompt and {answer} for the answer, and the model goes no further than "
+            f"{most}; expected lengths of at most {most - answer}"
+        )
+    texts = [sample.prompt, *(sample.prompt + continuation for continuation in sample.continuations)]
+    problems = (unreadable(model.config, text, sample.new_tokens) for text in texts)
+    return next(filter(None, problems), None)
 
 
 def _batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:

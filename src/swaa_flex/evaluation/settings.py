@@ -26,7 +26,7 @@ def read_settings(path: str | Path) -> dict[str, list[dict[str, Any]]]:
     """
     try:
         entries = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: expected a JSON list of swaa_config and model_list ({error})") from error
     found: dict[str, list[dict[str, Any]]] = {}
     for number, entry in enumerate(entries if isinstance(entries, list) else [None]):

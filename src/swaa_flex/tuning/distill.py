@@ -24,13 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import GenerationConfig
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, did_you_mean, listed
 from ..evaluation import judges
 from ..evaluation.sample import Sample as Judged
+from ..files import held
 from ..hf import NAME
 from ..hf.adapt import full_attention
-from .data import Sample, opened_thinking, prompt_ids
-from .identity import hashed, identity
+from .data import Sample, opened_thinking, prompt_ids, unreadable
+from .identity import hashed, identity, tokenizer_identity
 from .reasoning import KNOWN, Marks, marks_of
 
 Judge = Callable[[Sample, str], bool | float]
@@ -42,11 +43,12 @@ class DistillResult:
     """What a distillation came to.
 
     Attributes:
-        rows: Prompts that were to be answered.
+        rows: Prompts that were answered.
         answered: Prompts with at least one answer that ended before `max_new_tokens`.
         kept: Answers that were written.
         path: The file they are in.
         resumed: Prompts whose answers were taken over from an interrupted run.
+        left_out: A line for each sample that could not be asked: its row, and why.
     """
 
     rows: int
@@ -54,6 +56,7 @@ class DistillResult:
     kept: int
     path: Path
     resumed: int
+    left_out: tuple[str, ...] = ()
 
 
 def distill(
@@ -80,8 +83,11 @@ def distill(
     `row` and `score`, in the order of the samples. Answers cut off at `max_new_tokens`, empty ones and repetitions are
     not kept.
 
+    A sample that cannot be asked is left out: one that the chat template refuses, with a token that the model does not
+    have, or longer than learned positions reach. These are found before the first answer.
+
     After each batch its answers are on disk, in `OUT.partial`. The same call after an interruption goes on from there
-    and ends with the same file, byte for byte.
+    and ends with the same file, byte for byte. One run at a time writes to `out`.
 
     Args:
         model: a causal language model of transformers. If it runs under "swaa_flex", it does so with full attention
@@ -102,35 +108,21 @@ def distill(
             right.
         template: further arguments of `apply_chat_template`, such as `{"enable_thinking": False}`.
         overwrite: replace `out` if it exists, and what an interrupted run with other settings left.
-        progress: show a progress bar, if stderr is a terminal.
+        progress: name the samples that are left out, and show a progress bar if stderr is a terminal.
 
     Returns:
         The counts.
 
     Raises:
-        ConfigError: if a setting is wrong, a sample has no reference to judge by, `out` exists, or `OUT.partial` is
-            that of a run with other settings, samples, model or versions.
+        ConfigError: if a setting is wrong, a sample has no reference to judge by, none can be asked, `out` exists or
+            another run is writing it, or `OUT.partial` is that of a run with other settings, samples, model or
+            versions.
     """
     out = Path(out)
     _check(samples, out, n, temperature, max_new_tokens, batch_size, keep)
     template = dict(template or {})
     scored = _judge(judge, samples, marks_of(tokenizer, template))
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} exists; name another file, or have it replaced with overwrite=True (--overwrite)")
     ends = _ends(model, tokenizer)
-    settings = {
-        "n": n,
-        "temperature": temperature,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "seed": seed,
-        "keep": keep,
-        "judge": judge if isinstance(judge, str) else getattr(judge, "__qualname__", type(judge).__qualname__),
-        "template": hashed(template),
-        "samples": hashed([asdict(sample) for sample in samples]),
-        "tokenizer": hashed([tokenizer.chat_template, prompt_ids(tokenizer, samples[0].prompt, **template), ends]),
-        **_fingerprint(model),
-    }
     pad = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     generation = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -140,27 +132,70 @@ def distill(
         do_sample=temperature > 0,
         **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
     )
-    groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    with _Partial(out.with_name(f"{out.name}.partial"), settings, overwrite) as partial:
-        resumed = len(partial.batches)
-        if resumed < len(groups):
-            with _as_trained(model, generation), _bar(len(samples), progress) as done:
-                done(resumed * batch_size)
-                for number in range(resumed, len(groups)):
-                    _seed(seed, number)
-                    group = groups[number]
-                    answers = _answers(model, tokenizer, group, pad, ends, template)
-                    partial.append(_kept(group, answers, scored, keep, last_resort=judge == "none"))
-                    done(len(group))
-        _write(out, groups, partial.batches)
-    partial.path.unlink()
+    with held(out):
+        if out.exists() and not overwrite:
+            raise ConfigError(
+                f"{out} exists; name another file, or have it replaced with overwrite=True (--overwrite)"
+            )
+        samples, left_out = _answerable(model, tokenizer, samples, max_new_tokens, template)
+        if left_out and progress:
+            heading = f"{len(left_out)} of {len(samples) + len(left_out)} prompts are left out:"
+            Console(stderr=True).print(listed(heading, left_out), markup=False, highlight=False, soft_wrap=True)
+        settings = {
+            "n": n,
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "seed": seed,
+            "keep": keep,
+            "judge": judge if isinstance(judge, str) else getattr(judge, "__qualname__", type(judge).__qualname__),
+            "template": hashed(template),
+            "samples": hashed([asdict(sample) for sample in samples]),
+            "tokenizer": hashed([tokenizer_identity(tokenizer), ends]),
+            **_fingerprint(model),
+        }
+        groups = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+        with _Partial(out.with_name(f"{out.name}.partial"), settings, overwrite) as partial:
+            resumed = len(partial.batches)
+            if resumed < len(groups):
+                with _as_trained(model, generation), _bar(len(samples), progress) as done:
+                    done(resumed * batch_size)
+                    for number in range(resumed, len(groups)):
+                        _seed(seed, number)
+                        group = groups[number]
+                        answers = _answers(model, tokenizer, group, pad, ends, template)
+                        partial.append(_kept(group, answers, scored, keep, last_resort=judge == "none"))
+                        done(len(group))
+            _write(out, groups, partial.batches)
+        partial.path.unlink()
     return DistillResult(
         rows=len(samples),
         answered=sum(batch["answered"] for batch in partial.batches),
         kept=sum(len(batch["kept"]) for batch in partial.batches),
         path=out,
         resumed=sum(map(len, groups[:resumed])),
+        left_out=tuple(left_out),
     )
+
+
+def _answerable(
+    model: Any, tokenizer: Any, samples: Sequence[Sample], new_tokens: int, template: Mapping[str, Any]
+) -> tuple[list[Sample], list[str]]:
+    """The samples that the model can be given to answer, and a line for each of the others."""
+    kept: list[Sample] = []
+    left_out: list[str] = []
+    for sample in samples:
+        try:
+            problem = unreadable(model.config, prompt_ids(tokenizer, sample.prompt, **template), new_tokens)
+        except ConfigError as error:
+            problem = str(error)
+        if problem is None:
+            kept.append(sample)
+        else:
+            left_out.append(f"row {sample.row}: {problem}")
+    if not kept:
+        raise ConfigError(f"samples: none of the {len(samples)} can be answered; the first, {left_out[0]}")
+    return kept, left_out
 
 
 # --- answers -------------------------------------------------------------------------------------------------
@@ -357,7 +392,7 @@ class _Partial:
             header, *batches = map(json.loads, complete.split(b"\n")[:-1])
             before = header[_HEADER]
             in_order = [batch["batch"] for batch in batches] == list(range(len(batches)))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise self._refusal("it is damaged, or not from swaa-flex distill") from error
         settings = json.loads(json.dumps(settings))
         others = [name for name in settings | before if settings.get(name) != before.get(name)]

@@ -21,18 +21,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..errors import ConfigError, did_you_mean
-from ..files import refuse_file, write_atomically
+from ..files import held, is_first_process, refuse_file, write_atomically
 from ..hf.adapt import full_attention
 from ..hf.config import swaa_of
 from ..hf.labels import refuse_dropped_keywords
 from .adapters import ADAPTER, load_adapter, peft, refuse_adapter, save_swaa
-from .data import Collator, Example
+from .data import Collator, Example, unreadable
 from .identity import hashed, identity
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+RUN = "run.json"
 OBJECTIVES = ("ce", "kl")
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -138,8 +139,8 @@ def finetune(
     """Trains a LoRA adapter under the model's sliding-window masks: prompts slide, answers are decode rows.
 
     Runs in one process or in each of those that `accelerate launch` started. An interrupted run goes on from its last
-    checkpoint when it is started again in the same folder. The adapter is written to `output_dir/adapter`, with the
-    recipe beside it.
+    checkpoint when it is started again in the same folder, to which one run at a time writes. The adapter is written
+    to `output_dir/adapter`, with the recipe beside it.
 
     Args:
         model: a model under `attn_implementation="swaa_flex"`; its `config.swaa` is the recipe.
@@ -155,56 +156,60 @@ def finetune(
 
     Raises:
         ConfigError: if the model runs no sliding-window attention or carries an adapter, an example has no answer, a
-            target does not exist, or the folder holds another run. All of it is checked before anything is computed.
+            target does not exist, or the folder holds another run, or one that has not ended. All of it is checked
+            before anything is computed.
         ImportError: if peft is not installed.
     """
     config, folder = config or TuningConfig(), Path(output_dir)
     peft()
     _check_model(model, config)
     for name, given in (("examples", examples), ("held_out", held_out)):
-        _check_examples(name, given, model.config.get_text_config().vocab_size)
+        _check_examples(name, given, model.config)
     if not examples:
         raise ConfigError("examples: expected at least one to train on, got none")
-    _claim(folder, _run(model, examples, config))
-    if (folder / ADAPTER).exists():
-        return load_adapter(model, folder / ADAPTER)
-    uses_cache = model.config.use_cache  # which the trainer turns off
-    training, checkpointed = model.training, model.is_gradient_checkpointing
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    tuned = _with_adapter(model, config)
-    try:
-        trainer = _Trainer(
-            objective=config.objective,
-            plain_collator=Collator(pad_token_id=pad_token_id),
-            model=tuned,
-            args=_arguments(folder, config, len(examples), bool(held_out)),
-            train_dataset=list(examples),
-            eval_dataset=list(held_out) or None,
-            data_collator=Collator(pad_token_id=pad_token_id, packing=config.packing),
-            callbacks=[_EmbeddingsInForwardOnly(), *([] if quiet else [_Progress()])],
-        )
-        trainer.remove_callback(PrinterCallback)
-        last = _last_checkpoint(folder)
-        if last is not None and _is_complete(last):  # which transformers would train for one more step
-            trainer._load_from_checkpoint(last)
-        else:
-            trainer.train(resume_from_checkpoint=last)
-        _refuse_diverged(tuned, config)
-        _save(trainer, model.config, folder)
-    except BaseException:
-        with contextlib.suppress(Exception):
-            tuned.unload()  # the model as it came, for another try
-        for parameter, before in trainable:
-            parameter.requires_grad_(before)
-        model.train(training)
-        raise
-    finally:
-        model.config.use_cache = uses_cache
-        if config.gradient_checkpointing and not checkpointed:
-            # Renamed in transformers 5.23.
-            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
-            model.disable_input_require_grads()
-    return tuned.eval()
+    refuse_file(folder, f"output_dir={str(folder)!r}")
+    with held(folder / RUN):
+        if is_first_process():
+            _claim(folder, _run(model, examples, config))
+        if (folder / ADAPTER).exists():
+            return load_adapter(model, folder / ADAPTER)
+        uses_cache = model.config.use_cache  # which the trainer turns off
+        training, checkpointed = model.training, model.is_gradient_checkpointing
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        tuned = _with_adapter(model, config)
+        try:
+            trainer = _Trainer(
+                objective=config.objective,
+                plain_collator=Collator(pad_token_id=pad_token_id),
+                model=tuned,
+                args=_arguments(folder, config, len(examples), bool(held_out)),
+                train_dataset=list(examples),
+                eval_dataset=list(held_out) or None,
+                data_collator=Collator(pad_token_id=pad_token_id, packing=config.packing),
+                callbacks=[_EmbeddingsInForwardOnly(), *([] if quiet else [_Progress()])],
+            )
+            trainer.remove_callback(PrinterCallback)
+            last = _last_checkpoint(folder)
+            if last is not None and _is_complete(last):  # which transformers would train for one more step
+                trainer._load_from_checkpoint(last)
+            else:
+                trainer.train(resume_from_checkpoint=last)
+            _refuse_diverged(tuned, config)
+            _save(trainer, model.config, folder)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                tuned.unload()  # the model as it came, for another try
+            for parameter, before in trainable:
+                parameter.requires_grad_(before)
+            model.train(training)
+            raise
+        finally:
+            model.config.use_cache = uses_cache
+            if config.gradient_checkpointing and not checkpointed:
+                # Renamed in transformers 5.23.
+                (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+                model.disable_input_require_grads()
+        return tuned.eval()
 
 
 class _Trainer(Trainer):
@@ -368,7 +373,7 @@ def _check_model(model: PreTrainedModel, config: TuningConfig) -> None:
             )
 
 
-def _check_examples(name: str, examples: Sequence[Example], vocab_size: int) -> None:
+def _check_examples(name: str, examples: Sequence[Example], config: PreTrainedConfig) -> None:
     for number, example in enumerate(examples):
         tokens, flags = len(example.input_ids), len(example.decode_rows)
         if tokens != flags:
@@ -378,11 +383,10 @@ def _check_examples(name: str, examples: Sequence[Example], vocab_size: int) -> 
                 f"{name}[{number}]: none of its {tokens} tokens is an answer (all labels are -100), so there is "
                 "nothing to learn from it; leave it out, or do not cut it off inside the prompt"
             )
-        lowest, highest = min(example.input_ids), max(example.input_ids)
-        if lowest < 0 or highest >= vocab_size:
+        problem = unreadable(config, example.input_ids)
+        if problem is not None:
             raise ConfigError(
-                f"{name}[{number}]: token ids from {lowest} to {highest}, and the model has {vocab_size}; encode with "
-                "the model's own tokenizer"
+                f"{name}[{number}]: {problem}; encode with the model's own tokenizer, and leave out what is too long"
             )
 
 
@@ -395,15 +399,14 @@ def _run(model: PreTrainedModel, examples: Sequence[Example], config: TuningConf
 
 def _claim(folder: Path, run: dict[str, Any]) -> None:
     """Marks the folder as that of this run, and refuses that of another."""
-    path, run = folder / "run.json", json.loads(json.dumps(run))
+    path, run = folder / RUN, json.loads(json.dumps(run))
     way_out = "choose another folder, or delete this one"
-    refuse_file(folder, f"output_dir={str(folder)!r}")
     begun = any(folder.glob("checkpoint-[0-9]*")) or (folder / ADAPTER).exists()
     if path.exists() and begun:
         try:
             found = json.loads(path.read_text())
             others = [name for name in run if found.get(name) != run[name]]
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is damaged, so that no run can go on here; {way_out}") from error
         if others:
             changes = ", ".join(f"{name} was {found.get(name)!r} and is {run[name]!r}" for name in others)
