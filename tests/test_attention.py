@@ -185,7 +185,7 @@ def test_what_is_not_finite_reaches_the_rows_that_see_it_and_no_others(where, nu
         torch.testing.assert_close(grad[:, :, by_clean_rows_alone], right[:, :, by_clean_rows_alone])
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of PyTorch's forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # of PyTorch's forward mode
 def test_functions_of_functions_are_right_or_refused(monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_ROWS", 4)
     mask = SMALL["window and sinks"]
