@@ -136,21 +136,15 @@ class SWAAConfig:
             >>> config.mask_for(1, 4)
             causal
         """
-        from .algebra import negated  # masks need torch, which a configuration does without
-        from .masks import causal, rows_from, sinks, window
+        from .layer_mask import QueryRows, layer_mask  # masks need torch, which a configuration does without
 
         kinds = self.resolve(num_hidden_layers)
         if not 0 <= layer < num_hidden_layers:
             raise ConfigError(f"layer={layer}: expected 0 to {num_hidden_layers - 1}, the layers of this model")
-        if kinds[layer].full or self.sliding_window is None:
-            return causal()
-        near = window(self.sliding_window) | sinks(self.sink_tokens)
-        if prompt_length is None:
-            return causal() & near
-        dense = rows_from(prompt_length - self.dense_tail)
-        if not kinds[layer].full_attention_decode:
-            dense = dense & negated(rows_from(prompt_length))
-        return causal() & (near | dense)
+        # No rows of a forward are meant, so none of them comes alone.
+        without_tail = 0 if prompt_length is None else None
+        rows = QueryRows(q_len=0, prompt_lengths=prompt_length, dense_tail=without_tail)
+        return layer_mask(self, kinds[layer], rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values, layer indices as lists."""

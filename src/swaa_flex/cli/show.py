@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from .. import recipes, viz
-from ..config import SWAAConfig
-from ..masks import Mask, causal, rows_from, sinks, window
+from ..algebra import Mask
+from ..config import LayerKind, SWAAConfig
+from ..layer_mask import QueryRows, layer_mask
 from . import expression, paths
 
 
@@ -95,11 +96,6 @@ def recipe_mask(config: SWAAConfig, prompt_length: int) -> Mask:
         >>> recipe_mask(SWAAConfig(sliding_window=2048, sink_tokens=0, dense_tail=64), 10_000)
         causal & (window(2048) | rows_from(9936))
     """
-    if config.sliding_window is None:
-        return causal()
-    visible = window(config.sliding_window)
-    if config.sink_tokens:
-        visible |= sinks(config.sink_tokens)
-    if config.dense_tail:
-        visible |= rows_from(max(0, prompt_length - config.dense_tail))
-    return causal() & visible
+    kind = LayerKind(full=False, full_attention_decode=config.full_attention_decode is not False)
+    mask = layer_mask(config, kind, QueryRows(q_len=prompt_length, prompt_lengths=prompt_length))
+    return mask.for_rows(0, prompt_length - 1)
