@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 import swaa_flex
 from swaa_flex import ConfigError, DoesNotFitError, SWAACache, SWAAConfig, UnsupportedModelError
 from swaa_flex.hf import fused_linear, prompt_attention
+from swaa_flex.hf.surroundings import surroundings
 from swaa_flex.masks import offset
 
 RECIPES = [
@@ -78,7 +79,7 @@ def test_masks_are_laid_out_by_what_the_host_knows_of_them(family, config, nothi
 
     def compare(chunk, query, key, value, layer, **options):
         mask, source = chunk.mask(layer), chunk.cache.stored_after(chunk.seen, layer)
-        read = mask.mask_for(layer, key.shape[2], mask.prompt_info(chunk.lengths, None, source), source)
+        read = mask.mask_for(layer, key.shape[2], mask.prompt_info(chunk.lengths, None), source)
         read = offset(read, q=chunk.seen)
         known = chunk.mask_on_host(layer, key.shape[2])
         sizes = (query.shape[2], key.shape[2])
@@ -176,11 +177,11 @@ def test_projections_may_be_called_in_any_order(nothing_compiled):
     group = fused_linear._group_of(module.up_proj)
     expected = [F.linear(x, linear.weight, linear.bias) for linear in (module.gate_proj, module.up_proj)]
     with torch.no_grad():
-        fused_linear.in_compiled_model[0] = True
+        surroundings.shares_projections = True
         try:
             up, gate = module.up_proj(x), module.gate_proj(x)
         finally:
-            fused_linear.in_compiled_model[0] = False
+            surroundings.shares_projections = False
     torch.testing.assert_close([gate, up], expected)
     assert group.shared == []
 

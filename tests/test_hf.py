@@ -20,7 +20,7 @@ from swaa_flex.hf.adapt import full_attention
 from swaa_flex.hf.attention import attention_forward
 from swaa_flex.hf.cache import CACHE
 from swaa_flex.hf.mask import ForwardMask
-from swaa_flex.hf.prompt import PromptInfo, surrounding_prompt
+from swaa_flex.hf.surroundings import PromptInfo, surroundings
 
 CONFIG = SWAAConfig(sliding_window=16, sink_tokens=2, full_attention_layers=[1], dense_tail=4)
 TIGHT = {"atol": 1e-5, "rtol": 1e-5}
@@ -526,13 +526,13 @@ def test_prompts_that_are_not_left_in_turn_are_refused_and_forgotten(model):
     for each in (first, second):
         with pytest.raises(MaskError, match="do not await inside prompt"):
             each.__exit__(None, None, None)
-    assert surrounding_prompt() == PromptInfo()
+    assert surroundings.prompt == PromptInfo()
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
 def test_a_decode_step_reads_no_tensor_on_the_host(max_length, model, monkeypatch):
     model.config.swaa = dataclasses.replace(CONFIG, full_attention_decode=False)
-    monkeypatch.setattr(ForwardMask, "_may_read", lambda self: self.sizes[2] > 1)  # as on a GPU
+    monkeypatch.setattr(ForwardMask, "_may_read", lambda self: self.forward.q_len > 1)  # as on a GPU
     with swaa_flex.prompt(30):
         cache = SWAACache(model.config, max_length=max_length)
         for tokens in (30, 1, 1):

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .. import recipes
 from ..config import SWAAConfig
 from ..errors import UnsupportedModelError
+from .adapted import give_adapted_class, give_plain_class_back
 from .config import default_recipe, set_recipe
-from .labels import read_labels, read_labels_no_more
 from .native import refuse_without_interface
 
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
@@ -56,7 +56,8 @@ def adapt(model: ModelT, recipe_or_config: str | SWAAConfig | dict[str, Any] = r
     if base.config._attn_implementation != "swaa_flex":
         setattr(base, _BEFORE, [config._attn_implementation for config in _configs(base)])
     base.set_attn_implementation("swaa_flex")
-    read_labels(base)
+    tuned = getattr(model, "active_peft_config", None)
+    give_adapted_class(base, getattr(tuned, "num_virtual_tokens", None) or 0)
     return model
 
 
@@ -85,7 +86,7 @@ def restore(model: ModelT) -> ModelT:
     for config in configs:
         config.swaa = None
     base.__dict__.pop(_BEFORE, None)
-    read_labels_no_more(base)
+    give_plain_class_back(base)
     return model
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from ..attention import attention
 from ..errors import UnsupportedModelError
-from .cache import stored
 from .mask import ForwardMask
 from .prompt_attention import prompt_attention
+from .receipt import Receipt
 
 _CHOOSING = ("indices", "block_indices", "sinks")
 """What changes attention in some models (DeepSeek V3.2, MiniMax-M3, Inkling), and other models do not hand on."""
@@ -34,6 +34,7 @@ def attention_forward(
     position_bias: Tensor | None = None,
     output_attentions: bool | None = None,
     outside_graph: bool = False,
+    swaa_receipt: Receipt | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer; arguments and result as transformers' other attention functions.
@@ -54,6 +55,7 @@ def attention_forward(
         position_bias: must be None.
         output_attentions: must be false.
         outside_graph: whether a graph that is being traced leaves attention to `PromptChunk`.
+        swaa_receipt: of an adapted model's forward, to sign.
         kwargs: not used, but for those by which models choose keys: they must be None.
 
     Returns:
@@ -62,6 +64,12 @@ def attention_forward(
     Raises:
         UnsupportedModelError: if the model asks for what cannot be honoured; says what and the way out.
     """
+    if not isinstance(attention_mask, ForwardMask) and not getattr(module, "is_causal", True):
+        # An encoder inside a composite model, such as a vision tower, gets the implementation's name as well.
+        encoder: tuple[Tensor, None] = AttentionInterface()["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return encoder
     if dropout > 0:
         raise UnsupportedModelError(
             f"attention dropout {dropout}: FlexAttention has none; set config.attention_dropout = 0, or model.eval()"
@@ -77,12 +85,6 @@ def attention_forward(
             raise UnsupportedModelError(
                 f"the model chooses keys or adds sinks by {name}=, which swaa_flex does not support"
             )
-    if attention_mask is None and not getattr(module, "is_causal", True):
-        # An encoder inside a composite model, such as a vision tower, gets the implementation's name as well.
-        out = F.scaled_dot_product_attention(
-            query, key, value, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
-        return out.transpose(1, 2).contiguous(), None
     if not isinstance(attention_mask, ForwardMask):
         raise UnsupportedModelError(
             "swaa_flex makes its masks itself: pass attention_mask as [batch, len] (or not at all) instead of "
@@ -91,9 +93,11 @@ def attention_forward(
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
         raise UnsupportedModelError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
-    source = stored(key, layer)
     mask = attention_mask.to(query.device)
-    info = mask.prompt_info(prompt_lengths, decode_rows, source)
+    if swaa_receipt is not None:
+        swaa_receipt.sign(mask.forward.native.is_packed)
+    source = mask.stored(layer, key)
+    info = mask.prompt_info(prompt_lengths, decode_rows)
     if outside_graph:
         out = prompt_attention(query, key, value, layer, scaling, softcap, s_aux)
     else:
@@ -113,6 +117,6 @@ def attention_forward(
         assert isinstance(result, Tensor)
         out = result.transpose(1, 2).contiguous()
     if source is not None:
-        mask.after_attention(source, key, value, info)
-    mask.forget_if_last(module)
+        mask.after_attention(source, info)
+    attention_mask.forget_after(layer)
     return out, None

@@ -8,8 +8,6 @@ left pads included; the attention mask of a layer learns from `Stored` which col
 from __future__ import annotations
 
 import inspect
-import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +20,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -30,13 +29,17 @@ from transformers.masking_utils import create_causal_mask
 
 from ..errors import ConfigError, UnsupportedModelError
 from .cache_layers import Pads, SinksAndWindowLayer, StaticSinksAndWindowLayer
-from .config import kv_shape, swaa_of
+from .config import kv_shape, layer_kinds, swaa_of
 from .prompt import checked_lengths
 
 _RELEASING = (SinksAndWindowLayer, StaticSinksAndWindowLayer)
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """The keyword for a cache: transformers 5.24 has renamed it, in forwards, in `generate` and in outputs."""
+
+
+_SHAPING = ("model_type", "num_hidden_layers", "layer_types", "sliding_window", "attention_chunk_size")
+"""Fields of a model's configuration that decide which keys its layers hold."""
 
 
 class SWAACache(Cache):
@@ -102,7 +105,7 @@ class SWAACache(Cache):
         self._pads = pads = Pads()
         if attention_mask is not None:
             pads.set(attention_mask.bool().int().argmax(-1))
-        kinds = swaa.resolve(config.num_hidden_layers)
+        kinds = layer_kinds(config)
         stock = DynamicCache(config=config) if max_length is None else StaticCache(config, max_cache_len=max_length)
         layers: list[Any] = list(stock.layers)
         for index, layer in enumerate(layers):
@@ -122,6 +125,9 @@ class SWAACache(Cache):
                 layers[index] = StaticSinksAndWindowLayer(max_length, *size, pads, hold_prompt=swaa.dense_tail > 0)
         super().__init__(layers=layers, offloading=offloading)
         self.layers: list[Any] = layers
+        self._not_updated: set[int] = set()  # layers that the forward under way has not reached
+        self._is_broken = False
+        self.updates = 0  # of layers, outside of graphs
 
     @property
     def prompt_lengths(self) -> int | Tensor | None:
@@ -196,12 +202,14 @@ class SWAACache(Cache):
         Raises:
             ConfigError: names both.
         """
-        if (config.model_type, config.num_hidden_layers) != (self.config.model_type, self.config.num_hidden_layers):
-            raise ConfigError(
-                f"the cache was made for a {self.config.model_type} model of {self.config.num_hidden_layers} layers "
-                f"and this one is {config.model_type} with {config.num_hidden_layers}; make one with "
-                "SWAACache(model.config)"
-            )
+        if config is not self.config:
+            for name in _SHAPING:
+                own, given = (getattr(c, name, None) for c in (self.config, config))
+                if own != given:
+                    raise ConfigError(
+                        f"the cache was made for a {self.config.model_type} model with {name}={own!r} and this one is "
+                        f"{config.model_type} with {name}={given!r}; make one with SWAACache(model.config)"
+                    )
         if swaa_of(config) != self.swaa:
             raise ConfigError(
                 f"the cache was made for {self.swaa} and the model runs {swaa_of(config)}; make one with "
@@ -219,11 +227,38 @@ class SWAACache(Cache):
             )
         self._check_shape(self.layers[layer_idx], key_states, layer_idx)
         self._refuse_longer(self.layers[layer_idx], key_states)
+        if not torch.compiler.is_compiling():
+            self._refuse_other_attention(layer_idx)
+            self._not_updated.discard(layer_idx)
+            self.updates += 1
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        handed = _handed()
-        handed.clear()
-        handed.append((keys, values, self, layer_idx))
         return keys, values
+
+    def begin_forward(self, first: Tensor | None) -> None:
+        """A forward begins that runs swaa_flex: to be called when its mask is made.
+
+        Args:
+            first: column of each sequence's first token, `[batch]`, if the forward has a padding mask.
+        """
+        self._not_updated = set(range(len(self.layers)))
+        if first is not None:
+            self._pads.set(first)
+
+    def abandon_forward(self) -> None:
+        """A forward was interrupted after layers had stored its tokens: the next one is refused until `reset`."""
+        self._is_broken = True
+
+    def stored(self, layer_idx: int, keys: Tensor) -> Stored | None:
+        """Which columns the keys of a layer belong to that its attention works on; None if they are not of the cache.
+
+        Args:
+            layer_idx: of the layer.
+            keys: `[batch, kv_heads, kv_len, head_dim]`.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, _RELEASING):
+            return Stored(self, layer)
+        return Stored(self, layer, *layer.layout) if keys.shape[2] == layer.handed_out else None
 
     def begin_decoding(self) -> None:
         """Releases what layers still hold for rows of the prompt, instead of when the first decode row arrives."""
@@ -237,21 +272,30 @@ class SWAACache(Cache):
         Being asked, before the first layer of every forward, also is the moment for what cannot happen in the layers:
         refusing an interrupted forward, and releasing prompts.
         """
-        if torch.compiler.is_compiling():
-            sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
-            return sizes
-        self._refuse_if_interrupted()
-        for layer in self.layers:  # asked of one layer only, before a forward that may be compiled
-            if isinstance(layer, StaticSinksAndWindowLayer):
-                layer.expect(query_length)
-        sizes = super().get_mask_sizes(query_length, layer_idx)
-        _asked.by = (weakref.ref(self), sizes)
-        return sizes
+        if not torch.compiler.is_compiling():
+            self._not_updated = set()  # until `begin_forward`
+            self._refuse_if_interrupted()
+            for layer in self.layers:  # asked of one layer only, before a forward that may be compiled
+                if isinstance(layer, StaticSinksAndWindowLayer):
+                    layer.expect(query_length)
+        length, first = super().get_mask_sizes(query_length, layer_idx)
+        if torch.compiler.is_compiling() and isinstance(self.layers[layer_idx], DynamicSlidingWindowLayer):
+            # A number that varies from call to call cannot be an object in a graph (torch 2.15).
+            if self.first is not None or self.prompt_lengths is not None:
+                raise ConfigError(
+                    f"{self.config.model_type}: a growing cache of a model with windows of its own, in a compiled "
+                    "forward, knows neither pads nor prompt lengths; give the cache a max_length"
+                )
+            return length, first
+        offset = _Offset(first)
+        offset.cache = self
+        return length, offset
 
     def reset(self) -> None:
         """Forgets every token and what was said of them; also after an interrupted forward."""
         self._pads.forget(keep_tensor=self.max_length is not None)
         self._prompt_lengths = None
+        self._is_broken = False
         for layer in self.layers:
             if type(layer) is DynamicLayer:  # transformers 5.17 keeps the length of a layer that it has reset
                 layer.keys = layer.values = None
@@ -276,7 +320,23 @@ class SWAACache(Cache):
                 f"crop({tokens_to_remove}): the window would need keys that were released; make the cache with "
                 f"slack={-tokens_to_remove} or more, or call activate_past_recording() before"
             )
-        super().crop(tokens_to_remove)
+        # Layers of transformers refuse in turn, after others have been cropped, or keep fewer keys than they need.
+        before = [dict(vars(layer)) for layer in self.layers]
+        try:
+            super().crop(tokens_to_remove)
+            lacking = [layer for layer in self.layers if _lacks_keys(layer)]
+            refusal = None
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            lacking, refusal = [], error
+        if lacking or refusal is not None:
+            for layer, state in zip(self.layers, before, strict=True):
+                vars(layer).clear()
+                vars(layer).update(state)
+            raise ConfigError(
+                f"crop({tokens_to_remove}): layers of {self.config.model_type} with a window or state of their own "
+                "have let go of what they would need again; call activate_past_recording() before the tokens that may "
+                "be taken back, or reset() and compute the prompt again"
+            ) from refusal
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Takes the sequences of the batch in another order (beam search)."""
@@ -329,12 +389,26 @@ class SWAACache(Cache):
 
     def _refuse_if_interrupted(self) -> None:
         """After an interrupted forward some layers hold more tokens than others (not looked for on a GPU)."""
+        if self._is_broken:
+            raise ConfigError(
+                "a forward was interrupted after layers had stored its tokens; call reset() and compute the prompt "
+                "again"
+            )
         lengths: list[Any] = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
         known = {int(n) for n in lengths if not isinstance(n, Tensor) or n.device.type == "cpu"}
         if len(known) > 1:
             raise ConfigError(
                 f"the layers of the cache hold {min(known)} to {max(known)} tokens: a forward was interrupted; "
                 "call reset() and compute the prompt again"
+            )
+
+    def _refuse_other_attention(self, layer_idx: int) -> None:
+        """Refuses a forward for which swaa_flex made no mask: its attention does not know which keys are held."""
+        if layer_idx not in self._not_updated:
+            raise ConfigError(
+                f"layer {layer_idx} stores keys in a SWAACache in a forward without a mask of swaa_flex: the model "
+                f"runs attn_implementation={self.config._attn_implementation!r}, or was handed a mask per pair. Load "
+                'it with attn_implementation="swaa_flex", call swaa_flex.adapt(model, recipe), or use another cache'
             )
 
     def _refuse_longer(self, layer: CacheLayerMixin, key_states: Tensor) -> None:
@@ -368,6 +442,14 @@ def _is_native(layer: Any) -> bool:
     return bool(getattr(layer, "is_sliding", not hasattr(layer, "keys")))
 
 
+def _lacks_keys(layer: Any) -> bool:
+    """Whether a growing layer with a window of the model's own holds less than that window."""
+    if not isinstance(layer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+        return False
+    keys: Tensor = layer.keys  # type: ignore[assignment]  # an initialised layer has some
+    return keys.shape[-2] < min(layer.sliding_window - 1, layer.get_seq_length())
+
+
 def _tensors(layer: Any) -> Iterator[Tensor]:
     """What a layer of a cache holds: keys, values, a ring, and the states of recurrent layers by number."""
     for name in ("keys", "values", "ring", "conv_states", "recurrent_states"):
@@ -386,7 +468,6 @@ class Stored:
     sink_slots: int = 0  # leading slots for the first tokens of each sequence
     start: int | Tensor = 0  # column of the slot after them (of each sequence), the rest follows in order ...
     ring: bool = False  # ... unless the slots after the sinks are a ring
-    handed: tuple[Tensor, Tensor] | None = None  # keys and values, as the cache stores them
     known_first: Tensor | None = None  # column of each sequence's first token, as the caller knows it
 
     @property
@@ -415,66 +496,52 @@ class Stored:
         """Whether the layer releases keys."""
         return isinstance(self.layer, _RELEASING)
 
-    def release(self, keys: Tensor, values: Tensor, lengths_known: bool, decoding: bool) -> None:
+    def release(self, lengths_known: bool, decoding: bool) -> None:
         """To be called after attention.
 
         Args:
-            keys: what the layer's attention worked on.
-            values: likewise.
             lengths_known: whether the caller says which rows are decode rows.
             decoding: whether every sequence has had its first decode row, or nothing waits for it.
         """
         if isinstance(self.layer, SinksAndWindowLayer):
             self.layer.after_attention(decoding)
-        elif isinstance(self.layer, StaticSinksAndWindowLayer) and not self.ring:
-            if self.handed is not None and self.handed[0].shape != keys.shape:
-                keys, values = self.handed  # attention worked on more heads (multi-head latent attention, JetMoE)
-            self.layer.after_attention(keys, values, self, lengths_known, decoding)
+        elif isinstance(self.layer, StaticSinksAndWindowLayer):
+            self.layer.after_attention(self, lengths_known, decoding)
+
+    @property
+    def awaits_prompts(self) -> bool:
+        """Whether the layer has a fixed size and has released the keys that it held for the tail of a prompt."""
+        layer = self.layer
+        return isinstance(layer, StaticSinksAndWindowLayer) and layer.hold_prompt and not layer.holding
+
+    def leave_prompt(self, is_open: bool) -> None:
+        """Says after a forward, once keys have been released, whether more rows of a later prompt may come."""
+        if isinstance(self.layer, StaticSinksAndWindowLayer):
+            self.layer.prompt_is_open = is_open
+
+    def refuse_more_of_a_prompt(self) -> None:
+        """Refuses rows of a prompt that has begun after keys were released.
+
+        Raises:
+            ConfigError: says what to do instead.
+        """
+        if self.awaits_prompts and self.layer.prompt_is_open:  # type: ignore[attr-defined]
+            raise ConfigError(
+                "a later prompt arrives in several forwards, and the rows of its dense tail would have to see keys "
+                "that a cache of fixed size has released by then; give it in one forward, or use SWAACache(config) "
+                "without max_length"
+            )
 
 
-def stored(keys: Tensor, layer_idx: object) -> Stored | None:
-    """Where `keys` come from, if a `SWAACache` has just handed them out to that layer."""
-    handed = _handed()
-    if len(handed) == 0:
-        return None
-    out_keys, out_values, cache, out_layer = handed.pop()
-    if out_layer != layer_idx or out_keys.shape[2] != keys.shape[2]:
-        return None
-    layer = cache.layers[out_layer]
-    if isinstance(layer, _RELEASING):
-        out = (out_keys, out_values)
-        return Stored(cache, layer, *layer.layout, handed=out)  # type: ignore[misc]  # layouts are short
-    return Stored(cache, layer)
+class _Offset(int):
+    """The first column of a layer's keys, as `get_mask_sizes` returns it: a number that knows its cache.
 
-
-def told_by_attention_mask(first: Tensor | None, sizes: tuple[int, int]) -> None:
-    """Passes on to the cache that has just been asked for `sizes` where its sequences begin, if a mask says so.
-
-    A forward begins, so what earlier ones have left goes in any case: keys of one that was refused, for instance.
+    transformers hands that number on to the mask function as it is, and nothing else of the cache (5.17 to 5.24).
     """
-    _handed().clear()
-    asked, _asked.by = _asked.by, None
-    cache = asked[0]() if asked is not None and asked[1] == sizes else None
-    if cache is not None and first is not None:
-        cache._pads.set(first)
+
+    cache: SWAACache
 
 
-class _Asked(threading.local):
-    by: tuple[weakref.ref[SWAACache], tuple[int, int]] | None = None
-
-
-_asked = _Asked()
-
-
-class _HandedInThread(threading.local):
-    def __init__(self) -> None:
-        self.out: list[tuple[Tensor, Tensor, SWAACache, int]] = []
-
-
-_handed_in_thread = _HandedInThread()
-_handed_in_graph: list[tuple[Tensor, Tensor, SWAACache, int]] = []
-
-
-def _handed() -> list[tuple[Tensor, Tensor, SWAACache, int]]:
-    """The keys that a cache handed out last, and to which layer; one thread traces at a time."""
-    return _handed_in_graph if torch.compiler.is_compiling() else _handed_in_thread.out
+def cache_behind(kv_offset: int) -> SWAACache | None:
+    """The `SWAACache` that a mask is asked for, from the offset of its keys; None for another cache or none."""
+    return kv_offset.cache if isinstance(kv_offset, _Offset) else None

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from ..errors import ConfigError
-
 if TYPE_CHECKING:
     from .cache import Stored
 
@@ -54,11 +52,13 @@ class SinksAndWindowLayer(DynamicLayer):
         self.record_past = False
         self.length = 0
         self.layout: tuple[int, int] = (0, 0)  # sink slots, and column of the slot after them
+        self.handed_out = 0  # keys, to the last forward
         self.due = False  # a release that waits for `crop`
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.length += key_states.shape[-2]
         keys, values = super().update(key_states, value_states)
+        self.handed_out = keys.shape[-2]
         return keys, values
 
     def after_attention(self, decoding: bool) -> None:
@@ -147,8 +147,12 @@ class StaticSinksAndWindowLayer(StaticLayer):
         self.holding = self.hold_prompt  # the layer is an ordinary static one until decoding begins
         self.empty = self.was_empty = True
         self.lengths_known = False
-        self.prompt_again = False  # rows of a prompt have come after the release
+        self.prompt_is_open = False  # a prompt has begun after the release, and more rows of it may come
         self.layout: tuple[int, int | Tensor, bool] = (0, 0, False)
+        self.handed_out = 0  # keys, to the last forward
+        # Keys and values from which `after_attention` fills the ring. Attention may work on more heads than are stored
+        # (multi-head latent attention, JetMoE).
+        self.to_keep: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.max_cache_len = self.max_length if self.holding else self.slots
@@ -167,9 +171,15 @@ class StaticSinksAndWindowLayer(StaticLayer):
         return ring
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        new = key_states.shape[-2]
-        self.expect(new)
+        self.expect(key_states.shape[-2])
         self.was_empty = self.empty
+        keys, values = self._stored(key_states, value_states)
+        self.handed_out = keys.shape[-2]
+        return keys, values
+
+    def _stored(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that attention works on, those of the new tokens included."""
+        new = key_states.shape[-2]
         if self.holding:
             self.layout, self.empty = (0, 0, False), False
             keys, values = super().update(key_states, value_states)
@@ -179,9 +189,8 @@ class StaticSinksAndWindowLayer(StaticLayer):
         seen = self.cumulative_length.clone()
         self.cumulative_length.add_(new)
         if self.empty:
-            self.layout, self.empty = (0, 0, False), False
+            self.layout, self.empty, self.to_keep = (0, 0, False), False, (key_states, value_states)
             return key_states, value_states
-        self._refuse_chunks(new)
         if new == 1:
             self.layout = (self.sink_tokens, 0, True)
             slot = self._slot_of(seen)
@@ -194,24 +203,14 @@ class StaticSinksAndWindowLayer(StaticLayer):
         tail = self._slot_of(start[:, None] + torch.arange(self.sliding_window - 1, device=start.device))
         sinks = torch.arange(self.sink_tokens, device=tail.device).expand(tail.shape[0], -1)
         slots = torch.cat([sinks, tail], dim=1)
-        keys, values = _take(self.keys, slots), _take(self.values, slots)
-        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+        keys = torch.cat([_take(self.keys, slots), key_states], dim=2)
+        values = torch.cat([_take(self.values, slots), value_states], dim=2)
+        self.to_keep = (keys, values)
+        return keys, values
 
     def start_of_window(self, seen: Tensor) -> Tensor:
         """The first column in the window of the row after `seen` columns, `[batch]`."""
         return (seen - (self.sliding_window - 1)).expand(self.first.shape[0])
-
-    def _refuse_chunks(self, new: int) -> None:
-        if not self.hold_prompt or torch.compiler.is_compiling():
-            return
-        if new == 1:
-            self.prompt_again = False
-        elif self.prompt_again:
-            raise ConfigError(
-                "a later prompt arrives in several forwards, and the rows of its dense tail would have to see keys "
-                "that a cache of fixed size has released by then; give it in one forward, or use SWAACache(config) "
-                "without max_length"
-            )
 
     @property
     def first(self) -> Tensor:
@@ -225,16 +224,18 @@ class StaticSinksAndWindowLayer(StaticLayer):
         beyond = position - self.sink_tokens
         return torch.where(beyond < 0, position.clamp(min=0), self.sink_tokens + beyond % self.sliding_window)
 
-    def after_attention(self, keys: Tensor, values: Tensor, out: Stored, lengths_known: bool, decoding: bool) -> None:
-        """See `Stored.release`; `out` says which columns `keys` and `values` belong to."""
+    def after_attention(self, out: Stored, lengths_known: bool, decoding: bool) -> None:
+        """See `Stored.release`; `out` says which columns the keys belong to."""
         if self.holding:
             self.lengths_known = lengths_known
             first_token = self.was_empty and not lengths_known
             if decoding and not first_token and not torch.compiler.is_compiling():
                 self.begin_decoding()
             return
-        if self.hold_prompt and not torch.compiler.is_compiling():
-            self.prompt_again = not decoding
+        if self.to_keep is None:  # the new keys have been written to the ring at once
+            return
+        keys, values = self.to_keep
+        self.to_keep = None
         start = out.start[:, None] if isinstance(out.start, Tensor) else out.start
         column = self._columns()
         source = column - start + out.sink_slots

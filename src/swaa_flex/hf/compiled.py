@@ -7,6 +7,7 @@ chunk takes the smallest of a few sizes, the others are whole. On a GPU the deco
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,10 +22,11 @@ from ..algebra import holds_integers
 from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from .cache import CACHE, SWAACache
 from .config import swaa_of
-from .fused_linear import fuse_projections, in_compiled_model, projections_are_intact
-from .labels import refuse_dropped_keywords
-from .prompt import prompt, surrounding_prompt
+from .fused_linear import fuse_projections, projections_are_intact
+from .prompt import prompt
 from .prompt_attention import PromptChunk
+from .receipt import refuse_dropped_keywords
+from .surroundings import surroundings
 
 BLOCK = 128
 FIRST_CHUNK_SHARE = 8  # the small size of the first chunk is this part of a whole one
@@ -67,12 +69,25 @@ def compile(
 
 
 def _for_requests(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Without gradients; not in inference mode, whose tensors no later request could change."""
-    return functools.wraps(method)(torch.inference_mode(False)(torch.no_grad()(method)))
+    """One call at a time, without gradients and autocast; not in inference mode, whose tensors cannot be written."""
+    plain = torch.inference_mode(False)(torch.no_grad()(method))
+
+    @functools.wraps(method)
+    def alone(self: CompiledModel, *args: Any, **kwargs: Any) -> Any:
+        with self._lock, torch.autocast(self.device.type, enabled=False):
+            before, surroundings.shares_projections = surroundings.shares_projections, True
+            try:
+                return plain(self, *args, **kwargs)
+            finally:
+                surroundings.shares_projections = before
+
+    return alone
 
 
 class CompiledModel:
     """See `compile`.
+
+    Threads may share it: calls wait for each other, and a request that another thread has replaced is refused.
 
     Attributes:
         model: the model.
@@ -117,20 +132,19 @@ class CompiledModel:
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
         self.logits: Tensor | None = None
+        self._lock = threading.RLock()
+        self._owner = 0  # the thread that began the request
         self.rows = 0  # sequences of the request, at most batch_size
         self.room = 0  # decode steps that the request may still take
         if backend is None and self.device.type == "cuda":
             backend = "inductor"
         if backend is not None:
-            refuse_dropped_keywords(
-                self.cache.config,
-                "compiled prompts do not learn where they end; use generate of transformers",
-            )
+            refuse_dropped_keywords(model)
             fuse_projections(model)
         self._outside_graph = backend is not None
         self._prefill_chunk = _compiled(_prefill_chunk, backend)
         self._decode = _compiled(_decode, backend, options)
-        self._addresses = _addresses(model)
+        self._addresses, self._hooks = _addresses(model), _hooks(model)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._is_warm = False
 
@@ -186,6 +200,11 @@ class CompiledModel:
             ConfigError: if no prompt was computed before, or it was interrupted, or max_length is reached.
         """
         rows, room = self.rows, self.room
+        if rows > 0 and self._owner != threading.get_ident():
+            raise ConfigError(
+                "decode_step: another thread has begun a request since then, which replaced this one; use generate, "
+                "or hold a lock of your own from prefill on"
+            )
         _check_chosen(tokens, rows, "decode_step")
         if room == 0:
             raise ConfigError(f"the request has reached max_length={self.max_length} tokens; compile for more")
@@ -232,7 +251,9 @@ class CompiledModel:
         self._check_model()
         defaults = self.model.generation_config
         eos_token_id = defaults.eos_token_id if eos_token_id is None else eos_token_id
-        ends = torch.tensor([] if eos_token_id is None else eos_token_id, device=self.device).reshape(-1).long()
+        ends = torch.as_tensor([] if eos_token_id is None else eos_token_id, device=self.device).reshape(-1)
+        if ends.numel() > 0 and not holds_integers(ends):
+            raise ConfigError(f"eos_token_id={eos_token_id!r}: expected a token id, or a list of them")
         pad = defaults.pad_token_id if pad_token_id is None else pad_token_id
         pad = pad if pad is not None else int(ends[0]) if len(ends) else 0
         self.warmup()
@@ -318,10 +339,11 @@ class CompiledModel:
                 f"the model was compiled for {self.cache.swaa} and runs {recipe or implementation} by now; "
                 "call swaa_flex.adapt, if need be, and swaa_flex.compile again"
             )
-        if _addresses(self.model) != self._addresses or not projections_are_intact(self.model):
+        intact = _hooks(self.model) == self._hooks and projections_are_intact(self.model)
+        if _addresses(self.model) != self._addresses or not intact:
             raise ConfigError(
-                "the model's weights were replaced (moved, converted, or assigned) or a layer hooked after it was "
-                "compiled; call swaa_flex.compile again"
+                "the model's weights were replaced (moved, converted, or assigned), or a layer replaced or hooked, "
+                "after it was compiled; call swaa_flex.compile again"
             )
 
     def _prefill(self, prompts: list[Tensor]) -> Tensor:
@@ -348,12 +370,12 @@ class CompiledModel:
             outside = PromptChunk(self.model, self.cache, *known) if self._outside_graph else nullcontext()
             # A graph is told by keyword, as torch 2.11 cannot trace this tensor. Not all models hand keywords on.
             lengths_of_all = None if self._outside_graph else self.lengths
-            with prompt(lengths_of_all, dense_tail=surrounding_prompt().dense_tail), outside:
+            with prompt(lengths_of_all, dense_tail=surroundings.prompt.dense_tail), outside:
                 logits = self._prefill_chunk(self, chunk)
             done += size
         assert logits is not None
         self.cache.begin_decoding()
-        self.rows, self.room = len(prompts), self.max_length - longest
+        self.rows, self.room, self._owner = len(prompts), self.max_length - longest, threading.get_ident()
         return logits[: self.rows]
 
     def _chunk_sizes(self, length: int) -> list[int]:
@@ -446,6 +468,14 @@ def _addresses(model: PreTrainedModel) -> list[int]:
     return [getattr(parameter, "_local_tensor", parameter).data_ptr() for parameter in model.parameters()]
 
 
+def _hooks(model: PreTrainedModel) -> list[tuple[int, ...]]:
+    """Each module with what runs around its forward, which graphs do not look at again."""
+    return [
+        (id(module), id(vars(module).get("forward")), *module._forward_pre_hooks, *module._forward_hooks)
+        for module in model.modules()
+    ]
+
+
 def _refuse_rotations_that_change(model: PreTrainedModel, max_length: int) -> None:
     """Refuses rotary embeddings that depend on the length so far: held keys would have to be rotated again."""
     config = model.config.get_text_config(decoder=True)
@@ -513,11 +543,7 @@ def _decode(compiled: CompiledModel) -> Tensor:
 
 
 def _last_logits(compiled: CompiledModel, **inputs: Any) -> Tensor:
-    in_compiled_model[0] = True
-    try:
-        out = compiled.model(**{CACHE: compiled.cache}, **inputs)
-    finally:
-        in_compiled_model[0] = False
+    out = compiled.model(**{CACHE: compiled.cache}, **inputs)
     return out.logits[:, -1]  # type: ignore[no-any-return]
 
 

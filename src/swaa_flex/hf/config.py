@@ -26,12 +26,16 @@ class StoredConfig(dict[str, Any]):
     Attributes:
         parsed: what the dict says.
         chose_attention: whether this recipe, and nothing else, is why the config's implementation is "swaa_flex".
+        num_hidden_layers: how many layers the model had when the recipe was set, None if its config does not say.
     """
 
-    def __init__(self, parsed: SWAAConfig, chose_attention: bool = False) -> None:
+    def __init__(
+        self, parsed: SWAAConfig, chose_attention: bool = False, num_hidden_layers: int | None = None
+    ) -> None:
         super().__init__()
         self._show(parsed)
         self.chose_attention = chose_attention
+        self.num_hidden_layers = num_hidden_layers
 
     def __setitem__(self, field: str, value: Any) -> None:
         self.update({field: value})
@@ -67,10 +71,10 @@ class StoredConfig(dict[str, Any]):
         _refuse_edit()
 
     def __deepcopy__(self, memo: object) -> StoredConfig:
-        return StoredConfig(self.parsed, self.chose_attention)
+        return StoredConfig(self.parsed, self.chose_attention, self.num_hidden_layers)
 
-    def __reduce__(self) -> tuple[type[StoredConfig], tuple[SWAAConfig, bool]]:
-        return StoredConfig, (self.parsed, self.chose_attention)
+    def __reduce__(self) -> tuple[type[StoredConfig], tuple[SWAAConfig, bool, int | None]]:
+        return StoredConfig, (self.parsed, self.chose_attention, self.num_hidden_layers)
 
     def _show(self, parsed: SWAAConfig) -> None:
         self.parsed = parsed
@@ -148,6 +152,7 @@ def set_recipe(config: PreTrainedConfig, value: str | SWAAConfig | dict[str, Any
         stored = StoredConfig(recipes.coerce(value, getattr(text, "model_type", None)))
         stored.chose_attention = isinstance(before, StoredConfig) and before.chose_attention
         layers = getattr(text, "num_hidden_layers", None)
+        stored.num_hidden_layers = layers
         if layers is not None:
             kinds = stored.parsed.resolve(layers)
             if not isinstance(value, StoredConfig):  # that is put back, and has been warned of
@@ -225,6 +230,20 @@ def swaa_of(config: PreTrainedConfig) -> SWAAConfig:
         stored = config.swaa
     parsed: SWAAConfig = stored.parsed
     return parsed
+
+
+def layer_kinds(config: PreTrainedConfig) -> tuple[LayerKind, ...]:
+    """What each layer of a model does, by its number: of all the layers that it had when its recipe was set.
+
+    `assistant_early_exit` of transformers makes the config say fewer for a while, and so do layers that were removed.
+    A recipe for the layers of the whole model goes on to hold for those that are left.
+
+    Args:
+        config: of the text model.
+    """
+    recipe = swaa_of(config)
+    layers = config.swaa.num_hidden_layers
+    return recipe.resolve(max(layers or 0, config.num_hidden_layers))
 
 
 def kv_shape(config: PreTrainedConfig) -> tuple[int, int]:

@@ -17,11 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .surroundings import surroundings
+
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of children that most model families of transformers apply to the same input."""
-
-in_compiled_model = [False]
-"""Set while a compiled model runs or is traced: only then are groups computed as one."""
 
 
 @dataclass(eq=False)
@@ -114,7 +113,7 @@ def _fuse(projections: Sequence[nn.Linear]) -> None:
 
 
 def _forward(linear: nn.Linear, group: _Group, first: int, stop: int, x: Tensor) -> Tensor:
-    if not in_compiled_model[0] or torch.is_grad_enabled():
+    if not surroundings.shares_projections or torch.is_grad_enabled():
         return F.linear(x, linear.weight, linear.bias)
     shared = group.shared
     if len(shared) == 0 or shared[0] is not x:

@@ -1,25 +1,20 @@
-"""Where prompts end, read from the labels of a training sample."""
+"""Where prompts end, read from the labels of training samples."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-import types
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import MaskError, UnsupportedModelError
+from ..errors import MaskError
+from ..layer_mask import document_starts
 from .cache import CACHE
-from .prompt import surrounding_prompt
+from .surroundings import surroundings
 
 IGNORED = -100
 """The label of tokens that are not to be predicted."""
-_DROPPING = frozenset({"nemotron", "stablelm"})
-"""Model types whose layers do not hand keywords of a forward on to attention (transformers 5.17 to 5.24)."""
 
 
 def decode_rows_of(labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
@@ -32,7 +27,7 @@ def decode_rows_of(labels: Tensor, attention_mask: Tensor | None = None, positio
     Args:
         labels: `[batch, len]`, -100 for tokens that are not to be predicted.
         attention_mask: `[batch, len]`, 0 for pads, which are no tokens of the sample.
-        position_ids: `[batch, len]` or `[1, len]` of packed rows: each document begins at 0.
+        position_ids: `[batch, len]` or `[1, len]` of packed rows: a document begins where they do not go up by one.
 
     Returns:
         Bool `[batch, len]`, as `decode_rows` of a forward.
@@ -44,86 +39,83 @@ def decode_rows_of(labels: Tensor, attention_mask: Tensor | None = None, positio
         real = attention_mask.bool()
         begins = begins | (real & ~F.pad(real, (1, 0))[:, :-1])
     if position_ids is not None:
-        begins = begins | (position_ids == 0)
+        begins = begins | document_starts(position_ids)
     start = torch.where(begins, index, 0).cummax(-1).values
     prompts = unlabelled & F.pad(unlabelled, (0, 1))[:, 1:]
     return ~unlabelled & prompts.gather(-1, start)
 
 
-def read_labels(model: PreTrainedModel) -> None:
-    """Makes forwards with labels know where prompts end, unless they are told otherwise.
+def told_by_labels(given: dict[str, Any], virtual_tokens: int = 0) -> dict[str, Any]:
+    """The arguments of a forward with labels, with decode rows where nobody says where prompts end.
 
-    The forward of this one model is wrapped, not hooked: peft calls it past the hooks. Models other than causal
-    language models, whose labels are something else, and those with a forward of somebody else's stay as they are.
+    Args:
+        given: the arguments by name, `labels` among them.
+        virtual_tokens: how many of them peft puts before each text, in embeddings or in a cache. They are no prompt.
+
+    Raises:
+        MaskError: if the labels do not say where prompts end, or prompt lengths do not fit the sample.
     """
-    plain = type(model).forward
-    if not {"labels", "logits_to_keep"} <= inspect.signature(plain).parameters.keys():
-        return
-    slot = _slot(model)
-    found = model.__dict__.get(slot)
-    # What pickle leaves of a wrapped forward is the plain one, as an attribute.
-    if found is None or getattr(found, "__func__", None) is plain:
-        vars(model)[slot] = types.MethodType(_reading(plain), model)
-
-
-def read_labels_no_more(model: PreTrainedModel) -> None:
-    """Undoes `read_labels`."""
-    plain, slot = type(model).forward, _slot(model)
-    if getattr(model.__dict__.get(slot), "__func__", None) is _reading(plain):
-        del vars(model)[slot]
-        if slot != "forward":
-            vars(model)[slot] = types.MethodType(plain, model)
-
-
-def _slot(model: PreTrainedModel) -> str:
-    """The attribute that holds a model's own forward: another one if accelerate has put its hooks around it."""
-    return "_old_forward" if "_old_forward" in model.__dict__ else "forward"
-
-
-@functools.cache
-def _reading(forward: Any) -> Any:
-    names = tuple(inspect.signature(forward).parameters)[1:]
-
-    @functools.wraps(forward)
-    def wrapped(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        labels = given.get("labels")
-        if self.config._attn_implementation != "swaa_flex":
-            return forward(self, *args, **kwargs)
-        if labels is not None:
-            args, kwargs = (), _told(labels, given)
-        if kwargs.get("prompt_lengths") is not None or kwargs.get("decode_rows") is not None:
-            refuse_dropped_keywords(
-                self.config,
-                "neither prompt_lengths= and decode_rows= nor labels say where prompts end; put "
-                "`with swaa_flex.prompt(...)` around the forward",
-            )
-        return forward(self, *args, **kwargs)
-
-    return wrapped
-
-
-def _told(labels: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward, with decode rows where nobody says where prompts end."""
-    padding, lengths = given.get("attention_mask"), given.get("prompt_lengths")
+    labels, padding, lengths = given["labels"], given.get("attention_mask"), given.get("prompt_lengths")
     if labels.dim() != 2 or (padding is not None and (not isinstance(padding, Tensor) or padding.dim() != 2)):
         return given
-    if lengths is not None:
-        _refuse_longer(lengths, labels.shape[-1])
-    if given.get(CACHE) is None and given.get("past_key_values") is None:
+    cache = next((given[name] for name in (CACHE, "past_key_values") if given.get(name) is not None), None)
+    if cache is None:
         # A cache has no use here, and transformers takes packed rows for one text where there is one.
         given = {"use_cache": False} | given
-    if lengths is not None or given.get("decode_rows") is not None or surrounding_prompt().says_where:
+    before = 0 if cache is None or torch.compiler.is_compiling() else int(cache.get_seq_length())
+    if lengths is not None:
+        _refuse_longer(lengths, before + labels.shape[-1])
+    if lengths is not None or given.get("decode_rows") is not None or surroundings.prompt.says_where:
         return given
-    positions = given.get("position_ids") if padding is None else None
-    return given | {"decode_rows": decode_rows_of(labels, padding, positions)}
+    if before > 0 and getattr(cache, "prompt_lengths", None) is not None:
+        return given
+    text = labels
+    if given.get("input_ids") is None and virtual_tokens > 0 and before == 0:
+        text = labels[:, virtual_tokens:]
+    if padding is not None:  # of virtual tokens and those in a cache too
+        padding = padding[:, -text.shape[1] :]
+    decode_rows = decode_rows_of(text, padding, packed_positions(given))
+    if not torch.compiler.is_compiling():
+        if before not in (0, virtual_tokens):
+            _refuse_continued(text, padding, decode_rows)
+        if given.get("input_ids") is None and text is labels:
+            _refuse_embedded(decode_rows)
+    return given | {"decode_rows": F.pad(decode_rows, (labels.shape[1] - text.shape[1], 0))}
 
 
-def refuse_dropped_keywords(config: PreTrainedConfig, therefore: str) -> None:
-    """Refuses a model whose attention does not learn what the keywords of a forward say of its prompts."""
-    if config.model_type in _DROPPING:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} does not hand keywords on to attention, so {therefore}"
+_WAY_OUT = (
+    "pass prompt_lengths= (tokens of the prompt, with those in the cache or before the text) or decode_rows= to the "
+    "forward, or call swaa_flex.adapt on the model of peft"
+)
+
+
+def packed_positions(given: dict[str, Any]) -> Tensor | None:
+    """The position ids of a forward that may be those of packed rows, `[batch | 1, len]`.
+
+    With a padding mask or a cache transformers takes rows for one sequence each (5.17 to 5.24).
+    """
+    positions = given.get("position_ids")
+    if given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    return positions if given.get(CACHE) is None and given.get("past_key_values") is None else None
+
+
+def _refuse_continued(labels: Tensor, padding: Tensor | None, decode_rows: Tensor) -> None:
+    """Refuses labels from the first token on after tokens in a cache, of which nobody says what they are."""
+    real = torch.ones_like(labels, dtype=torch.bool) if padding is None else padding.bool()
+    if bool(((labels != IGNORED) & real & ~decode_rows).any()):
+        raise MaskError(
+            "labels that go on after tokens in a cache do not say whether those are a prompt, and these its answer, "
+            f"or the beginning of a text; {_WAY_OUT}"
+        )
+
+
+def _refuse_embedded(decode_rows: Tensor) -> None:
+    """Refuses to take embeddings without a label for a prompt."""
+    if bool(decode_rows.any()):
+        raise MaskError(
+            "labels of inputs_embeds: embeddings without a label may be a prompt, or the virtual tokens that peft's "
+            f"prompt tuning puts before a text; {_WAY_OUT}"
         )
 
 

@@ -1,45 +1,34 @@
 """What transformers' mask functions return under `attn_implementation="swaa_flex"`: plans, made when needed.
 
 transformers asks for a mask once per forward and mask type, before the first layer; the layers hand it to the
-attention function. A `ForwardMask` remembers what was asked and makes one plan per kind of layer.
+attention function. A `ForwardMask` holds what the forward knows and makes one plan per kind of layer.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import PreTrainedConfig
+from transformers import AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import causal_mask_function
 
-from ..algebra import Mask, negated
+from ..algebra import Mask, describe
 from ..errors import ConfigError, MaskError, UnsupportedModelError
-from ..masks import (
-    everything,
-    from_mask_mod,
-    in_sequences,
-    kv_positions,
-    offset,
-    packed,
-    rows_from,
-    rows_where,
-    sequence_ends,
-    sinks,
-    sinks_and_tail,
-    window,
-)
+from ..layer_mask import QueryRows, document_starts, each_sequence, has_several_documents, layer_mask
+from ..masks import everything, from_mask_mod, kv_positions, offset, sequence_ends, sinks_and_tail
 from ..plan import AttentionPlan, plan
-from .cache import Stored, told_by_attention_mask
+from .cache import Stored, SWAACache, cache_behind
 from .cache_layers import ring_columns
-from .config import swaa_of
-from .native import read_native, refuse_without_interface
-from .prompt import PromptInfo, surrounding_prompt
+from .callers import Caller, find_caller, refuse_unknown_prompts
+from .config import layer_kinds, swaa_of
+from .native import Native, has_recurrent_layers, read_native, refuse_without_interface
+from .prompt import overruled
+from .surroundings import PromptInfo, surroundings
 
 
 def make_forward_mask(
@@ -55,37 +44,107 @@ def make_forward_mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> ForwardMask:
-    """The mask function registered as "swaa_flex"; arguments as transformers' other mask functions."""
+) -> Any:
+    """The mask function registered as "swaa_flex"; arguments as transformers' other mask functions.
+
+    Returns:
+        A `ForwardMask`; for an encoder inside of a composite model the mask of transformers for "sdpa".
+    """
     assert config is not None
     if "allow_is_bidirectional_skip" in kwargs:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} asks for a bidirectional mask; swaa_flex is for causal self-attention: "
-            "use attn_implementation='sdpa' for this model"
+        _refuse_bidirectional(config)
+        return AttentionMaskInterface()["sdpa"](
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            config=config,
+            local_size=local_size,
+            use_vmap=use_vmap,
+            device=device,
+            **kwargs,
         )
-    if not torch.compiler.is_compiling():
+    eager = not torch.compiler.is_compiling()
+    if eager:
         refuse_without_interface(type(config))
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise MaskError(f"attention_mask: expected [batch, len], 0 for pads, got {describe(attention_mask)}")
     if isinstance(q_offset, Tensor):
         # A static cache hands out its counter, which `update` moves before the mask is evaluated.
         q_offset = q_offset.clone().reshape(())
-    maybe_packed = attention_mask is None and not isinstance(q_offset, Tensor) and kv_length == q_length
+    cache = cache_behind(kv_offset)
+    is_whole = cache is None and not isinstance(q_offset, Tensor) and kv_length == q_length
     ends = None if attention_mask is None else sequence_ends(attention_mask)
-    if not torch.compiler.is_compiling():
-        told_by_attention_mask(None if ends is None else ends[0], (kv_length, kv_offset))
-    native, is_packed = read_native(mask_function, local_size, use_vmap, config, maybe_packed)
+    native = read_native(mask_function, local_size, use_vmap, config, attention_mask is None and is_whole)
+    if eager and native.is_packed and has_recurrent_layers(config):
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} has recurrent layers, whose state goes from one packed document to the "
+            "next; give each document a row of its own"
+        )
+    if eager and cache is not None:
+        cache.begin_forward(None if ends is None else ends[0])
     return ForwardMask(
-        config=config,
-        sizes=(batch_size, 1, q_length, kv_length),
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        native=native,
-        mask_function=mask_function,
-        is_packed=is_packed,
-        ends=ends,
-        seen=0 if attention_mask is None else attention_mask.shape[-1],
-        info=surrounding_prompt(),
-        device=torch.device(device),
+        Forward(
+            config=config,
+            batch=batch_size,
+            q_len=q_length,
+            kv_len=kv_length,
+            q_offset=q_offset,
+            kv_offset=int(kv_offset) if eager else kv_offset,
+            native=native,
+            mask_function=mask_function,
+            ends=ends,
+            seen=0 if attention_mask is None else attention_mask.shape[-1],
+            device=torch.device(device),
+            cache=cache,
+            prompt=surroundings.prompt,
+            caller=find_caller(is_whole) if eager else Caller(),
+            last_layer=_last_layer(config, local_size is not None) if eager else None,
+        )
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """What one forward knows, for one type of mask. It is the forward's alone, and goes with it.
+
+    Attributes:
+        config: of the text model.
+        batch: sequences.
+        q_len: query rows.
+        kv_len: keys, those that a layer of this type holds included.
+        q_offset: column of the first row, an int or a 0-d tensor.
+        kv_offset: column of the first key.
+        native: what the model itself allows.
+        mask_function: of transformers, which knows it too.
+        ends: column of the first token of each sequence and column behind its last one, `[batch]` each: what is kept
+            of the padding mask, in one shape at every step. None without a padding mask.
+        seen: columns of the padding mask.
+        device: of the query.
+        cache: a `SWAACache` that holds its keys, None for any other or none.
+        prompt: what the surrounding `prompt` said when the forward began.
+        caller: what the forward is part of.
+        last_layer: the last layer that gets this mask, where it was made outside of graphs; None inside.
+    """
+
+    config: PreTrainedConfig
+    batch: int
+    q_len: int
+    kv_len: int
+    q_offset: int | Tensor
+    kv_offset: int
+    native: Native
+    mask_function: Callable[..., Any]
+    ends: tuple[Tensor, Tensor] | None
+    seen: int
+    device: torch.device
+    cache: SWAACache | None
+    prompt: PromptInfo
+    caller: Caller
+    last_layer: int | None
 
 
 class ForwardMask(BlockMask):
@@ -95,33 +154,8 @@ class ForwardMask(BlockMask):
     instances of it (transformers 5.17 to 5.24, masking_utils), and `generate` prepares them for static caches.
     """
 
-    def __init__(
-        self,
-        *,
-        config: PreTrainedConfig,
-        sizes: tuple[int, int, int, int],
-        q_offset: int | Tensor,
-        kv_offset: int,
-        native: Mask | None,
-        mask_function: Callable[..., Any],
-        is_packed: bool,
-        ends: tuple[Tensor, Tensor] | None,
-        seen: int,
-        info: PromptInfo,
-        device: torch.device,
-    ) -> None:
-        self.config = config
-        self.sizes = sizes
-        self.q_offset = q_offset
-        self.kv_offset = kv_offset
-        self.native = native  # the model's own restriction, None if only `mask_function` knows it
-        self.mask_function = mask_function
-        self.is_packed = is_packed
-        # Of the padding mask only where each sequence begins and ends, which has one shape at every step.
-        self.ends = ends
-        self.seen = seen  # its length
-        self.info = info
-        self.device = device
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
         self.plans: dict[Any, AttentionPlan] = {}
         self.moved: dict[torch.device, ForwardMask] = {}
         # What is the same for all layers; a dict, as dynamo forgets attributes that are set twice.
@@ -133,83 +167,89 @@ class ForwardMask(BlockMask):
         Raises:
             UnsupportedModelError: if the model takes another part.
         """
-        everything = slice(None)
+        forward, everything = self.forward, slice(None)
         rows = index[2] if isinstance(index, tuple) and len(index) == 4 else None
         if not isinstance(rows, slice) or (*index[:2], index[3]) != (everything,) * 3:
             raise UnsupportedModelError(
-                f"{self.config.model_type}: the model takes a part of its attention mask, which swaa_flex makes as a "
-                "whole; use another attn_implementation"
+                f"{forward.config.model_type}: the model takes a part of its attention mask, which swaa_flex makes as "
+                "a whole; use another attn_implementation"
             )
-        first, stop, step = rows.indices(self.sizes[2])
-        assert stop == self.sizes[2] and step == 1
-        return self._with(self.q_offset + first, self.ends, self.device, q_len=stop - first)
+        first, stop, step = rows.indices(forward.q_len)
+        assert stop == forward.q_len and step == 1
+        return ForwardMask(replace(forward, q_offset=forward.q_offset + first, q_len=stop - first))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """`(batch, 1, q_len, kv_len)`."""
-        return self.sizes
+        return self.forward.batch, 1, self.forward.q_len, self.forward.kv_len
 
     def __repr__(self) -> str:
-        return f"ForwardMask({list(self.sizes)}, {self.native!r})"
+        return f"ForwardMask({list(self.shape)}, {self.forward.native.mask!r})"
 
     __str__ = __repr__
 
     def to(self, device: torch.device | str, **kwargs: Any) -> ForwardMask:
         """The same on another device, one copy per device (layers spread over several GPUs)."""
-        device = torch.device(device)
-        if device == self.device:
+        device, forward = torch.device(device), self.forward
+        if device == forward.device:
             return self
         if device not in self.moved:
-            q_offset = self.q_offset.to(device) if isinstance(self.q_offset, Tensor) else self.q_offset
-            ends = None if self.ends is None else (self.ends[0].to(device), self.ends[1].to(device))
-            self.moved[device] = self._with(q_offset, ends, device)
+            offset, ends, ids = forward.q_offset, forward.ends, forward.native.document_ids
+            self.moved[device] = ForwardMask(
+                replace(
+                    forward,
+                    q_offset=offset.to(device) if isinstance(offset, Tensor) else offset,
+                    ends=None if ends is None else (ends[0].to(device), ends[1].to(device)),
+                    native=forward.native._replace(document_ids=None if ids is None else ids.to(device)),
+                    device=device,
+                )
+            )
         return self.moved[device]
 
     def on_host(self, q_offset: int) -> ForwardMask:
         """The same on the CPU, for a caller that knows the offset and whatever else the masks of layers hold."""
-        assert self.ends is None
-        return self._with(q_offset, None, torch.device("cpu"))
-
-    def _with(
-        self,
-        q_offset: int | Tensor,
-        ends: tuple[Tensor, Tensor] | None,
-        device: torch.device,
-        q_len: int | None = None,
-    ) -> ForwardMask:
-        batch, heads, rows, kv_len = self.sizes
-        return ForwardMask(
-            config=self.config,
-            sizes=(batch, heads, rows if q_len is None else q_len, kv_len),
-            q_offset=q_offset,
-            kv_offset=self.kv_offset,
-            native=self.native,
-            mask_function=self.mask_function,
-            is_packed=self.is_packed,
-            ends=ends,
-            seen=self.seen,
-            info=self.info,
-            device=device,
-        )
+        assert self.forward.ends is None
+        return ForwardMask(replace(self.forward, q_offset=q_offset, device=torch.device("cpu")))
 
     def contiguous(self) -> ForwardMask:
         """Itself; `generate` calls it on what it hands to a compiled forward."""
         return self
 
-    def prompt_info(
-        self,
-        lengths: int | list[int] | Tensor | None,
-        decode_rows: Tensor | None,
-        source: Stored | None,
-    ) -> PromptInfo:
-        """Where prompts end: what the keywords of the forward say, else the surrounding `prompt`, else the cache."""
+    def stored(self, layer: int, keys: Tensor) -> Stored | None:
+        """Which columns of a `SWAACache` a layer's keys belong to; None if they come from elsewhere."""
+        cache = self.forward.cache
+        return None if cache is None or layer >= len(cache.layers) else cache.stored(layer, keys)
+
+    def prompt_info(self, lengths: int | list[int] | Tensor | None, decode_rows: Tensor | None) -> PromptInfo:
+        """Where prompts end: what the keywords of the forward say, else the surrounding `prompt`, else the cache.
+
+        Args:
+            lengths: the keyword `prompt_lengths`.
+            decode_rows: the keyword of that name.
+
+        Raises:
+            UnsupportedModelError: if nobody says it to a forward whose caller knows, or knew.
+        """
         if "info" not in self.memo:
-            info = self.info.updated(lengths, decode_rows)
-            if not info.says_where and source is not None:
-                info = info.updated(source.cache.prompt_lengths, None)
+            forward = self.forward
+            info = overruled(forward.prompt, lengths, decode_rows)
+            if not info.says_where and forward.cache is not None:
+                info = overruled(info, forward.cache.prompt_lengths, None)
+            if self._slides():
+                refuse_unknown_prompts(forward.caller, forward.prompt, info.says_where and info != forward.prompt)
             self.memo["info"] = info
         known: PromptInfo = self.memo["info"]
         return known
+
+    def _slides(self) -> bool:
+        """Whether it makes a difference to some layer which rows are decode rows."""
+        window = swaa_of(self.forward.config).sliding_window
+        return window is not None and window < self.forward.kv_len and not all(k.full for k in self._kinds())
+
+    def _kinds(self) -> Any:
+        if "kinds" not in self.memo:
+            self.memo["kinds"] = layer_kinds(self.forward.config)
+        return self.memo["kinds"]
 
     def plan_for(
         self,
@@ -230,7 +270,7 @@ class ForwardMask(BlockMask):
             layer: which one it is.
             query: `[batch, heads, q_len, head_dim]`.
             key: `[batch, kv_heads, kv_len, head_dim]`.
-            value: likewise.
+            value: `[batch, kv_heads, kv_len, value_dim]`.
             info: what is known about prompt and decode rows.
             source: where in a `SWAACache` the keys come from, None if from elsewhere.
             position_ids: of this forward, for packed rows.
@@ -238,33 +278,28 @@ class ForwardMask(BlockMask):
             module: of the layer, to warn where nobody says where prompts end; None for no warning.
             twin: makes the mask of the layer on the CPU, see `plan`.
         """
-        config = swaa_of(self.config)
-        if "kinds" not in self.memo:
-            self.memo["kinds"] = config.resolve(self.config.num_hidden_layers)
-        kind = self.memo["kinds"][layer]
+        forward = self.forward
+        kind = self._kinds()[layer]
         variant = (kind, needs_grad)
         if variant not in self.plans:
-            if torch.compiler.is_compiling():
-                _touched.append(self)
-            batch, _, q_len, kv_len = self.sizes
-            if source is None and key.shape[2] != kv_len:
+            if source is None and key.shape[2] != forward.kv_len:
                 raise MaskError(
-                    f"layer {layer} attends to {key.shape[2]} keys and the mask is for {kv_len}; the layers of "
-                    "the cache must be as long as it announces"
+                    f"layer {layer} attends to {key.shape[2]} keys and the mask is for {forward.kv_len}; the layers "
+                    "of the cache must be as long as it announces"
                 )
             if source is not None:
-                source.cache.check(self.config)
+                source.cache.check(forward.config)
             mask = self.mask_for(layer, key.shape[2], info, source, position_ids, module)
             self.plans[variant] = plan(
                 mask,
-                q_len,
+                forward.q_len,
                 key.shape[2],
-                batch=batch,
+                batch=forward.batch,
                 heads=query.shape[1],
-                device=self.device,
+                device=forward.device,
                 dtype=query.dtype,
-                backend=config.backend,
-                q_offset=self.q_offset,
+                backend=swaa_of(forward.config).backend,
+                q_offset=forward.q_offset,
                 needs_grad=needs_grad,
                 head_dim=query.shape[-1],
                 value_dim=value.shape[-1],
@@ -282,208 +317,169 @@ class ForwardMask(BlockMask):
         module: nn.Module | None = None,
     ) -> Mask:
         """What the rows of a layer see, at columns of the cache; `kv_len` keys, otherwise see `plan_for`."""
-        config = swaa_of(self.config)
-        kind = config.resolve(self.config.num_hidden_layers)[layer]
+        forward, config, kind = self.forward, swaa_of(self.forward.config), self._kinds()[layer]
         first, stop = self._ends(source)
-        if kind.full or config.sliding_window is None:
-            mask = self._mask(None, None, position_ids, first, stop)
-        else:
-            near = window(config.sliding_window) | sinks(config.sink_tokens)
-            tail = config.dense_tail if info.dense_tail is None else info.dense_tail
-            if source is not None and source.too_late_for(tail):
-                raise ConfigError(
-                    f"dense_tail={tail}: the cache was made for a recipe without a dense tail and has released "
-                    "keys that the tail would see; set dense_tail in the recipe before the cache is made"
-                )
-            documents = position_ids if self.is_packed else None
-            inner, dense = self._rows(near, tail, kind.full_attention_decode, info, module, stop, documents)
-            mask = self._mask(inner, dense, position_ids, first, stop)
+        tail = self._tail(info)
+        if not kind.full and source is not None and source.too_late_for(tail):
+            raise ConfigError(
+                f"dense_tail={tail}: the cache was made for a recipe without a dense tail and has released "
+                "keys that the tail would see; set dense_tail in the recipe before the cache is made"
+            )
+        if source is not None and tail > 0 and self._has_prompt_rows(info):
+            source.refuse_more_of_a_prompt()
+        rows = QueryRows(
+            q_len=forward.q_len,
+            q_offset=forward.q_offset,
+            batch=forward.batch,
+            device=forward.device,
+            prompt_lengths=info.lengths,
+            decode_rows=info.decode_rows,
+            dense_tail=info.dense_tail,
+            first=first,
+            stop=stop,
+            document_ids=self._document_ids(position_ids, kind.full),
+        )
+        if module is not None and not kind.full and not rows.end_is_known and forward.q_len > 1:
+            self._warn_of_unknown_prompts(module, tail)
+        native = forward.native.mask
+        unknown = native is None or (forward.native.is_packed and rows.document_ids is None)
+        mask = layer_mask(config, kind, rows, everything() if unknown else native)
+        if unknown:
+            mask = mask & from_mask_mod(forward.mask_function)
         if source is not None and source.ring:
             begin = 0 if first is None else first
             ring = kv_len - source.sink_slots
-            return kv_positions(mask, ring_columns(self.q_offset + 1, begin, source.sink_slots, ring))
+            return kv_positions(mask, ring_columns(forward.q_offset + 1, begin, source.sink_slots, ring))
         if source is not None and not source.complete:
             return sinks_and_tail(mask, source.sink_slots, start=source.start, first=0 if first is None else first)
-        return offset(mask, kv=self.kv_offset)
+        return offset(mask, kv=forward.kv_offset)
 
-    def after_attention(self, source: Stored, key: Tensor, value: Tensor, info: PromptInfo) -> None:
+    def after_attention(self, source: Stored, info: PromptInfo) -> None:
         """Lets the cache release what no later row can see."""
         if not source.releases:
             return
-        if torch.compiler.is_compiling() and self.ends is not None and "told" not in self.memo:
-            source.begins_at(self.ends[0])  # outside of graphs the cache is told before the first layer
+        if torch.compiler.is_compiling() and self.forward.ends is not None and "told" not in self.memo:
+            source.begins_at(self.forward.ends[0])  # outside of graphs the cache is told before the first layer
             self.memo["told"] = True
-        if source.ring:  # what it could release is released
-            return
-        config = swaa_of(self.config)
-        tail = config.dense_tail if info.dense_tail is None else info.dense_tail
-        source.release(key, value, info.says_where, self._decoding(info, tail, self._ends(source)[0]))
+        if source.awaits_prompts and self._may_read():
+            source.leave_prompt(self._prompt_is_open(info, self._ends(source)[0]))
+        if not source.ring:  # what it could release is released
+            tail = self._tail(info)
+            source.release(info.says_where, self._decoding(info, tail, self._ends(source)[0]))
 
-    def forget_if_last(self, module: nn.Module) -> None:
-        """In a compiled forward, drops what was made for it, after its last layer.
+    def forget_after(self, layer: int) -> None:
+        """In a graph, drops what was made for it in a mask from outside, after the last layer that gets the mask.
 
         `generate` makes masks outside of compiled forwards. What a graph leaves in objects from outside, torch.compile
         has to put together again after the graph, which it cannot do for a plan.
         """
-        if torch.compiler.is_compiling() and module.layer_idx == self.config.num_hidden_layers - 1:
-            for mask in _touched:
-                mask.plans.clear()
-                mask.memo.clear()
-            _touched.clear()
+        if torch.compiler.is_compiling() and layer == self.forward.last_layer:
+            self.plans.clear()
+            self.memo.clear()
+
+    def _tail(self, info: PromptInfo) -> int:
+        """The dense rows at the end of each prompt: those of the surrounding `prompt`, else of the recipe."""
+        return swaa_of(self.forward.config).dense_tail if info.dense_tail is None else info.dense_tail
+
+    def _has_prompt_rows(self, info: PromptInfo) -> bool:
+        """Whether rows of a prompt may be among those of this forward, as far as can be said without waiting."""
+        if not self._may_read() or info.lengths is not None:
+            return True
+        if info.decode_rows is not None:
+            return not bool(info.decode_rows.all())
+        return self.forward.q_len > 1
+
+    def _prompt_is_open(self, info: PromptInfo, first: Tensor | None) -> bool:
+        """Whether more rows of a prompt may come after this forward."""
+        forward = self.forward
+        if info.lengths is not None:
+            lengths = torch.as_tensor(info.lengths, device=forward.device).reshape(-1)
+            lengths = each_sequence(lengths, forward.batch, "prompt lengths")
+            ends = lengths if first is None else first + lengths
+            return bool((ends > forward.q_offset + forward.q_len).any())
+        if info.decode_rows is not None:
+            return not bool(info.decode_rows[:, -1].all())
+        return forward.q_len > 1
 
     def _decoding(self, info: PromptInfo, tail: int, first: Tensor | None) -> bool:
         """Whether no row of a prompt is to come that sees more than sinks and window: all sequences are decoding."""
-        _, _, q_len, _ = self.sizes
+        forward = self.forward
         if tail == 0:
             return True
         if not info.says_where:
-            return q_len == 1 and (isinstance(self.q_offset, Tensor) or self.q_offset > 0)
+            return forward.q_len == 1 and (isinstance(forward.q_offset, Tensor) or forward.q_offset > 0)
         if torch.compiler.is_compiling():
             return False  # unknown without a synchronisation; keeping the keys is always right
-        if isinstance(info.lengths, int) and isinstance(self.q_offset, int) and first is None:
-            return info.lengths < self.q_offset + q_len
+        end = forward.q_offset + forward.q_len
+        if isinstance(info.lengths, int) and isinstance(end, int) and first is None:
+            return info.lengths < end
         if "decoding" not in self.memo:
             if info.decode_rows is not None:
                 begun: Tensor | bool = info.decode_rows.any(-1).all()
             else:
                 assert info.lengths is not None
-                lengths = self._each(torch.as_tensor(info.lengths, device=self.device).reshape(-1), "prompt lengths")
-                ends = lengths if first is None else first + lengths
-                begun = ends < self.q_offset + q_len
-                if self.ends is not None:
-                    begun = begun & (self.ends[1] > 0)  # else nothing but pads so far
+                lengths = torch.as_tensor(info.lengths, device=forward.device).reshape(-1)
+                lengths = each_sequence(lengths, forward.batch, "prompt lengths")
+                begun = (lengths if first is None else first + lengths) < end
+                if forward.ends is not None:
+                    begun = begun & (forward.ends[1] > 0)  # else nothing but pads so far
                 begun = begun.all()
             self.memo["decoding"] = bool(begun)
         return bool(self.memo["decoding"])
 
-    def _mask(
-        self,
-        inner: Mask | None,
-        dense: Mask | None,
-        position_ids: Tensor | None,
-        first: Tensor | None,
-        stop: Tensor | None,
-    ) -> Mask:
-        """What the model allows, restricted to `inner` except in `dense` rows, at columns of the cache.
+    def _document_ids(self, position_ids: Tensor | None, is_full: bool) -> Tensor | None:
+        """The documents of packed rows, `[batch | 1, q_len]`; None if rows are not packed, or it does not matter."""
+        native = self.forward.native
+        if not native.is_packed:
+            self._refuse_unseen_documents(position_ids)
+        if not native.is_packed or native.document_ids is not None:
+            return native.document_ids
+        if position_ids is not None:
+            ids = document_starts(position_ids).cumsum(-1)
+            return ids if ids.shape[0] in (1, self.forward.batch) else ids.expand(self.forward.batch, -1)
+        if is_full:
+            return None  # transformers' own mask function knows the documents
+        raise UnsupportedModelError(
+            f"model type {self.forward.config.model_type!r} does not tell attention the positions of its rows, so "
+            "that a compiled forward cannot know whether they are packed documents; pass attention_mask of ones if "
+            "they are not, or do not compile"
+        )
 
-        Args:
-            inner: evaluated in each sequence's own positions; None for everything.
-            dense: evaluated at columns, pads included; None for none.
-            position_ids: of this forward, for packed rows.
-            first: column of each sequence's first token, None without pads.
-            stop: one past each sequence's last column.
-        """
-        native, known = self.native, True
-        if native is None or (self.is_packed and position_ids is None):
-            native, known = everything(), False
-
-        def in_own_positions(mask: Mask) -> Mask:
-            if self.is_packed and position_ids is not None:
-                batched = position_ids.shape[0] in (1, self.sizes[0])
-                return packed(mask, position_ids=position_ids if batched else position_ids.expand(self.sizes[0], -1))
-            return mask if first is None or stop is None else in_sequences(mask, first, stop)
-
-        if dense is None:
-            mask = in_own_positions(native if inner is None else native & inner)
-        else:
-            assert inner is not None
-            mask = in_own_positions(native) & (in_own_positions(inner) | dense)
-        return mask if known else mask & from_mask_mod(self.mask_function)
-
-    def _rows(
-        self,
-        near: Mask,
-        tail: int,
-        decode_is_full: bool,
-        info: PromptInfo,
-        module: nn.Module | None,
-        stop: Tensor | None,
-        documents: Tensor | None,
-    ) -> tuple[Mask | None, Mask | None]:
-        """What rows see in their own positions, and the rows of the cache that see everything."""
-        batch, _, q_len, _ = self.sizes
-        if info.lengths is not None:
-            lengths = info.lengths
-            if isinstance(self.q_offset, Tensor) and not isinstance(lengths, Tensor):
-                # Nothing is split at a row of unknown offset, and compiled code would be made again for each number.
-                lengths = torch.full((1,), lengths, device=self.device)
-            if isinstance(lengths, Tensor):
-                lengths = lengths.to(self.device)
-                lengths = self._each(lengths.reshape(-1), "prompt lengths")
-            if self.is_packed:
-                compiled = ", or attention_mask of ones if they are not packed (compiled forwards do not know)"
-                raise MaskError(
-                    "prompt lengths cannot say where the prompts of packed documents end; pass decode_rows"
-                    + (compiled if torch.compiler.is_compiling() else "")
-                )
-            dense = rows_from(lengths - tail)
-            return near | (dense if decode_is_full else dense & negated(rows_from(lengths))), None
-        if info.decode_rows is not None:
-            flags = info.decode_rows.to(self.device)
-            if tuple(flags.shape) != (batch, q_len):
-                raise MaskError(f"decode_rows: expected [{batch}, {q_len}], got {list(flags.shape)}")
-            dense_rows = self._tails(flags, tail, stop, documents)
-            dense_rows = dense_rows | flags if decode_is_full else dense_rows & ~flags
-            return near, offset(rows_where(dense_rows), q=-self.q_offset)
-        if q_len == 1:
-            # One new token: a decode row. (On an empty cache it sees itself either way.)
-            return (None if decode_is_full else near), None
-        if module is not None and module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            warnings.warn(
-                "training without knowing where prompts end: all rows count as prompt. Pass prompt_lengths= or "
-                "decode_rows= to the forward, or call swaa_flex.adapt(model), which reads them from the labels",
-                stacklevel=2,
+    def _refuse_unseen_documents(self, position_ids: Tensor | None) -> None:
+        """Refuses packed documents that transformers takes for one text: with a cache, or in some families always."""
+        forward = self.forward
+        may_be = position_ids is not None and position_ids.dim() == 2 and forward.ends is None
+        if not may_be or forward.q_len != forward.kv_len or "one text" in self.memo or torch.compiler.is_compiling():
+            return
+        assert position_ids is not None
+        if has_several_documents(position_ids):
+            raise UnsupportedModelError(
+                "position_ids begin again within a row, as those of packed documents do, but transformers makes a "
+                "mask for one text, as it does with a cache (pass use_cache=False) and for some models always (here "
+                f"{forward.config.model_type!r}: give each document a row of its own)"
             )
-        if tail == 0:
-            return near, None
-        if module is not None:
-            self._warn_of_chunks(module)
-        if stop is not None and self.ends is not None and self._padding()[1]:
-            return near, rows_from(stop - tail)
-        return near, rows_from(self.q_offset + q_len - tail)
-
-    def _tails(self, decode_rows: Tensor, tail: int, stop: Tensor | None, documents: Tensor | None) -> Tensor:
-        """Rows among the last `tail` ones before an answer or before the end of their sequence, [batch, q_len].
-
-        `documents` are the position ids of packed rows: where one is 0 a document begins, and another has ended.
-        """
-        batch, q_len = decode_rows.shape
-        answers = decode_rows & ~F.pad(decode_rows, (1, 0))[:, :-1]
-        index = torch.arange(q_len + 1, device=self.device)
-        end = q_len if stop is None else (stop - self.q_offset).clamp(0, q_len)[:, None]
-        if documents is not None:
-            answers = answers | (documents == 0)
-        starts = (F.pad(answers, (0, 1)) | (index == end)).expand(batch, -1)
-        passed = F.pad(starts.cumsum(-1), (1, 0))  # starts before each row
-        rows = index[:-1]
-        return passed[:, (rows + tail).clamp(max=q_len) + 1] > passed[:, rows + 1]
+        self.memo["one text"] = True
 
     def _ends(self, source: Stored | None) -> tuple[Tensor | None, Tensor | None]:
-        """First column and one past the last column of each sequence `[batch]`, or None without pads."""
-        if self.ends is not None:
-            return self.ends if any(self._padding()) else (None, None)
+        """Column of the first token of each sequence and column behind its last one, `[batch]`, None without pads."""
+        forward = self.forward
+        if forward.ends is not None:
+            left, right = self._padding()
+            return (forward.ends[0] if left or right else None), (forward.ends[1] if right else None)
         first = None if source is None else source.first
         if first is None:
             return None, None
-        first = self._each(first.to(self.device), "first columns (the attention mask of the cache)")
-        return first, first + (1 << 30)  # not full_like: inductor would inline a constant into the kernel
-
-    def _each(self, values: Tensor, name: str) -> Tensor:
-        """One value per sequence, `[batch]` (or `[1]`): beams and several answers repeat what is given per prompt."""
-        batch, given = self.sizes[0], values.shape[0]
-        if given in (1, batch):
-            return values
-        if batch % given:
-            raise MaskError(f"{name}: got {given} for a batch of {batch}; expected one each")
-        return values.repeat_interleave(batch // given)
+        name = "first columns (the attention mask of the cache)"
+        return each_sequence(first.to(forward.device), forward.batch, name), None
 
     def _padding(self) -> tuple[bool, bool]:
         """Whether there are left and right pads: read where that is free or long prompts repay it, else expected."""
-        assert self.ends is not None
+        ends = self.forward.ends
+        assert ends is not None
         if not self._may_read():
             return True, True
         if "padding" not in self.memo:
-            pads = torch.stack([self.ends[0].amax() > 0, self.ends[1].amin() < self.seen]).tolist()
+            pads = torch.stack([ends[0].amax() > 0, ends[1].amin() < self.forward.seen]).tolist()
             self.memo["padding"] = pads[0], pads[1]
         padding: tuple[bool, bool] = self.memo["padding"]
         return padding
@@ -491,23 +487,53 @@ class ForwardMask(BlockMask):
     def _may_read(self) -> bool:
         if torch.compiler.is_compiling():
             return False
-        return self.device.type == "cpu" or self.sizes[2] > 1
+        return self.forward.device.type == "cpu" or self.forward.q_len > 1
 
-    def _warn_of_chunks(self, module: nn.Module) -> None:
-        """Warns once if one prompt comes in several forwards and nobody said where it ends."""
-        if torch.compiler.is_compiling() or isinstance(self.q_offset, Tensor):
+    def _warn_of_unknown_prompts(self, module: nn.Module, tail: int) -> None:
+        """Warns where a prompt is not known to be one: in training, and once if it comes in several forwards."""
+        if torch.compiler.is_compiling():
             return
-        if self.q_offset > 0 and _prompt_ends.get(module) == self.q_offset:
+        if module.training and torch.is_grad_enabled():
+            warnings.warn(
+                "training without knowing where prompts end: all rows count as prompt. Pass prompt_lengths= or "
+                "decode_rows= to the forward, or call swaa_flex.adapt(model), which reads them from the labels",
+                stacklevel=2,
+            )
+        begin, prompt_ends = self.forward.q_offset, surroundings.prompt_ends
+        if tail == 0 or isinstance(begin, Tensor):
+            return
+        if begin > 0 and prompt_ends.get(module) == begin:
             warnings.warn(
                 "a prompt arrives in several forwards and its length is not known, so the last rows of each of them "
                 "get full attention and results depend on the chunk size; with swaa_flex.prompt(lengths) around "
                 "generate (or prompt_lengths= in forward) they do not",
                 stacklevel=2,
             )
-            _prompt_ends.clear()
+            prompt_ends.clear()
             return
-        _prompt_ends[module] = self.q_offset + self.sizes[2]
+        prompt_ends[module] = begin + self.forward.q_len
 
 
-_touched: list[ForwardMask] = []  # masks with plans of the forward that is being traced
-_prompt_ends: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+def _refuse_bidirectional(config: PreTrainedConfig) -> None:
+    """Refuses a model that is an encoder itself: only one inside of a composite model runs with "sdpa" instead."""
+    if config.swaa is not None or not config.base_config_key:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} asks for a bidirectional mask; swaa_flex is for causal self-attention: "
+            "use attn_implementation='sdpa' for this model"
+        )
+
+
+def _last_layer(config: PreTrainedConfig, slides: bool) -> int:
+    """The last layer that attends and gets a mask with a window of the model's own (`slides`), or without one."""
+    types = getattr(config, "layer_types", None) or ()
+    own = [
+        layer
+        for layer, kind in enumerate(types)
+        if kind not in _WITHOUT_ATTENTION and (kind in _SLIDING_TYPES) == slides
+    ]
+    return own[-1] if own else config.num_hidden_layers - 1
+
+
+# Of transformers' names for the types of layers, 5.17 to 5.24 (configuration_utils).
+_WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "mamba", "moe", "sparse", "dense"})
+_SLIDING_TYPES = frozenset({"sliding_attention", "chunked_attention", "hybrid_sliding"})

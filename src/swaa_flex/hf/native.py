@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
 from ..algebra import Mask
@@ -16,13 +18,29 @@ from ..errors import UnsupportedModelError
 from ..masks import causal, window
 
 # Functions of transformers.masking_utils from which plain causal, sliding and packed masks are put together.
+_SLIDING = "sliding_window_overlay.<locals>.inner_mask"
+_PACKED = "packed_sequence_mask_function.<locals>.inner_mask"
 _KNOWN_PARTS = {
     "causal_mask_function",
     "and_masks.<locals>.and_mask",
-    "sliding_window_overlay.<locals>.inner_mask",
-    "packed_sequence_mask_function.<locals>.inner_mask",
+    _SLIDING,
+    _PACKED,
     "remap_positions_for_packed_sequence.<locals>.inner_mask",
 }
+
+
+class Native(NamedTuple):
+    """What the model itself allows.
+
+    Attributes:
+        mask: in positions, with geometry; None if only transformers' mask function knows it.
+        is_packed: whether the rows are those of several documents.
+        document_ids: of packed rows, `[batch | 1, len]`; None where a compiled graph cannot look for them.
+    """
+
+    mask: Mask | None
+    is_packed: bool = False
+    document_ids: Tensor | None = None
 
 
 def read_native(
@@ -31,8 +49,8 @@ def read_native(
     use_vmap: bool,
     config: PreTrainedConfig,
     maybe_packed: bool,
-) -> tuple[Mask | None, bool]:
-    """The model's own restriction as a mask with geometry (None if unknown), and whether rows are packed.
+) -> Native:
+    """What the model itself allows, from the functions that transformers has put together for it.
 
     Args:
         mask_function: what transformers has composed.
@@ -42,29 +60,36 @@ def read_native(
         maybe_packed: whether transformers could have taken the rows for packed ones.
     """
     if mask_function is causal_mask_function:
-        return causal(), False
+        return Native(causal())
     if torch.compiler.is_compiling():
         # Closures cannot be looked into here; what remains of the known ones is a sliding or packed causal mask.
         # (Without cache and padding mask transformers always says packed in a compiled graph.)
         if use_vmap or mask_function.__name__ != "and_mask" or getattr(config, "attention_chunk_size", None):
-            return None, False
-        return (causal() & window(local_size) if local_size else causal()), maybe_packed
-    parts = set(_parts(mask_function))
-    sliding = "sliding_window_overlay.<locals>.inner_mask" in parts
-    if use_vmap or not parts <= _KNOWN_PARTS or (sliding and not local_size):
-        return None, False
+            return Native(None, maybe_packed)
+        return Native(causal() & window(local_size) if local_size else causal(), maybe_packed)
+    parts = dict(_parts(mask_function))
+    documents = parts.get(_PACKED)
+    ids = None if documents is None else inspect.getclosurevars(documents).nonlocals["packed_sequence_mask"]
+    sliding = _SLIDING in parts
+    if use_vmap or not parts.keys() <= _KNOWN_PARTS or (sliding and not local_size):
+        return Native(None, documents is not None, ids)
     native = causal() & window(local_size) if sliding and local_size else causal()
-    return native, "packed_sequence_mask_function.<locals>.inner_mask" in parts
+    return Native(native, documents is not None, ids)
 
 
-def _parts(function: Callable[..., Any]) -> Iterator[str]:
-    """Qualified names of a function and of the functions in its closure."""
-    yield getattr(function, "__qualname__", repr(function))
+def _parts(function: Callable[..., Any]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """A function and the functions in its closure, by qualified name."""
+    yield getattr(function, "__qualname__", repr(function)), function
     for cell in getattr(function, "__closure__", None) or ():
         inside = cell.cell_contents
         for part in inside if isinstance(inside, (tuple, list)) else (inside,):
             if callable(part) and not isinstance(part, Tensor):
                 yield from _parts(part)
+
+
+def has_recurrent_layers(config: PreTrainedConfig) -> bool:
+    """Whether layers of the model carry a state from token to token, as transformers' cache for it says."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
 def refuse_without_interface(config_class: type) -> None:

@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..algebra import describe, holds_integers, is_whole
 from ..errors import MaskError
-
-
-class PromptInfo(NamedTuple):
-    """What is known about prompt and decode rows; None where it is not."""
-
-    lengths: int | Tensor | None = None
-    decode_rows: Tensor | None = None
-    dense_tail: int | None = None
-
-    def updated(self, lengths: int | Sequence[int] | Tensor | None, decode_rows: Tensor | None) -> PromptInfo:
-        """The same, overruled by what the keywords of a forward say."""
-        if lengths is None and decode_rows is None:
-            return self
-        return PromptInfo(*_checked(lengths, decode_rows), self.dense_tail)
-
-    @property
-    def says_where(self) -> bool:
-        """Whether it says where prompts end."""
-        return self.lengths is not None or self.decode_rows is not None
-
-
-NOTHING_KNOWN = PromptInfo()
-
-
-class _Active(threading.local):
-    info: PromptInfo = NOTHING_KNOWN
-
-
-_active = _Active()
+from .surroundings import NOTHING_KNOWN, PromptInfo, surroundings
 
 
 @contextmanager
@@ -73,23 +44,31 @@ def prompt(
     """
     if dense_tail is not None and (isinstance(dense_tail, bool) or not isinstance(dense_tail, int) or dense_tail < 0):
         raise MaskError(f"dense_tail={dense_tail!r}: expected a number of rows, 0 for none")
-    before, own = _active.info, PromptInfo(*_checked(lengths, decode_rows), dense_tail)
-    _active.info = own
+    before, own = surroundings.prompt, PromptInfo(*_checked(lengths, decode_rows), dense_tail)
+    surroundings.prompt = own
     try:
         yield
     finally:
-        others = _active.info is not own
-        _active.info = NOTHING_KNOWN if others else before
-    if others:  # not in a context variable, which torch.compile cannot trace (torch 2.13)
+        others = surroundings.prompt is not own
+        surroundings.prompt = NOTHING_KNOWN if others else before
+    if others:
         raise MaskError(
             "another prompt() of this thread was entered inside this one and not left again, so forwards may have "
             "run under it; do not await inside prompt(), or pass prompt_lengths= to the forwards"
         )
 
 
-def surrounding_prompt() -> PromptInfo:
-    """What the surrounding `prompt` says."""
-    return _active.info
+def overruled(
+    info: PromptInfo, lengths: int | Sequence[int] | Tensor | None, decode_rows: Tensor | None
+) -> PromptInfo:
+    """What is known of prompts, overruled by what the keywords of a forward say of them.
+
+    Raises:
+        MaskError: if both are given, or a value makes no sense.
+    """
+    if lengths is None and decode_rows is None:
+        return info
+    return PromptInfo(*_checked(lengths, decode_rows), info.dense_tail)
 
 
 def checked_lengths(lengths: int | Sequence[int] | Tensor | None) -> int | Tensor | None:

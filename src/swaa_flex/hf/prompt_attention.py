@@ -8,7 +8,6 @@ early in torch 2.11; Triton's with loads by TMA), one plan for all layers of a k
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ..attention import attention
 from ..masks import offset
 from .cache import CACHE, SWAACache
 from .mask import ForwardMask
+from .surroundings import surroundings
 
 
 class PromptChunk:
@@ -53,16 +53,16 @@ class PromptChunk:
         self.dispatch = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
     def __enter__(self) -> PromptChunk:
-        _running.chunk = self
+        surroundings.chunk = self
         return self
 
     def __exit__(self, *error: object) -> None:
-        _running.chunk = None
+        surroundings.chunk = None
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, layer: int, **options: Any) -> Tensor:
         """Attention of a layer, `[batch, q_len, heads, head_dim]`."""
         mask, source = self.mask(layer), self.cache.stored_after(self.seen, layer)
-        info = mask.prompt_info(self.lengths, None, source)
+        info = mask.prompt_info(self.lengths, None)
         twin = functools.partial(self.mask_on_host, layer, key.shape[2])
         plan = mask.plan_for(layer, query, key, value, info, source, twin=twin)
         # A graph runs for the first time with other dispatch keys than later, for which torch.compile would make
@@ -84,15 +84,8 @@ class PromptChunk:
         seen = int(self.seen_on_host)
         mask = self.mask(layer).on_host(seen)
         source = self.cache.stored_after(self.seen_on_host, layer, self.first_on_host)
-        info = mask.prompt_info(self.lengths_on_host, None, source)
+        info = mask.prompt_info(self.lengths_on_host, None)
         return offset(mask.mask_for(layer, kv_len, info, source), q=seen)
-
-
-class _Running(threading.local):
-    chunk: PromptChunk | None = None
-
-
-_running = _Running()
 
 
 @torch.library.custom_op("swaa_flex::prompt_attention", mutates_args=())
@@ -106,8 +99,10 @@ def prompt_attention(
     sink_logits: Tensor | None,
 ) -> Tensor:
     """Attention of a layer in the `PromptChunk` that runs, `[batch, q_len, heads, head_dim]`."""
-    assert _running.chunk is not None
-    return _running.chunk.attention(query, key, value, layer, scale=scale, softcap=softcap, sink_logits=sink_logits)
+    assert surroundings.chunk is not None
+    return surroundings.chunk.attention(
+        query, key, value, layer, scale=scale, softcap=softcap, sink_logits=sink_logits
+    )
 
 
 @prompt_attention.register_fake

@@ -24,7 +24,7 @@ from ..errors import ConfigError, did_you_mean
 from ..files import held, is_first_process, refuse_file, write_atomically
 from ..hf.adapt import full_attention
 from ..hf.config import swaa_of
-from ..hf.labels import refuse_dropped_keywords
+from ..hf.receipt import refuse_dropped_keywords
 from .adapters import ADAPTER, load_adapter, peft, refuse_adapter, save_swaa
 from .data import Collator, Example, unreadable
 from .identity import hashed, identity
@@ -355,7 +355,7 @@ def _check_model(model: PreTrainedModel, config: TuningConfig) -> None:
             "sliding-window masks to train under; call swaa_flex.adapt(model, recipe) first"
         )
     refuse_adapter(model)
-    refuse_dropped_keywords(model.config, "it cannot be tuned: it does not learn where prompts end")
+    refuse_dropped_keywords(model, config.packing)
     head = _tied_head(model)
     if head is not None:
         names = {name.rpartition(".")[2] for name, part in model.named_modules() if part is head}

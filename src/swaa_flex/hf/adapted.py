@@ -1,0 +1,117 @@
+"""The class that an adapted model gets: its forwards read labels, and find out whether what they were told arrived."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..layer_mask import has_several_documents
+from .cache import CACHE, SWAACache
+from .labels import packed_positions, told_by_labels
+from .receipt import Receipt
+
+
+def give_adapted_class(model: PreTrainedModel, virtual_tokens: int = 0) -> None:
+    """Makes the forwards of a causal language model those of `adapted_class`.
+
+    The class is changed, not the instance: a method of the class runs on the copy, the replica (DataParallel) or the
+    unpickled model that it is called on, and peft, which calls `forward` past the hooks, finds it too. Models other
+    than causal language models, whose labels are something else, stay as they are.
+
+    Args:
+        model: of transformers.
+        virtual_tokens: how many peft puts before each text, in its embeddings or in a cache.
+    """
+    plain = type(model)
+    takes = inspect.signature(plain.forward).parameters.keys()
+    if {"labels", "logits_to_keep"} <= takes and not hasattr(plain, "_swaa_plain_class"):
+        model.__class__ = adapted_class(plain)  # type: ignore[arg-type]  # mypy takes the hash of a class for a method
+        _rebind(model, plain, type(model))
+    vars(model)["_swaa_virtual_tokens"] = virtual_tokens
+
+
+def give_plain_class_back(model: PreTrainedModel) -> None:
+    """Undoes `give_adapted_class`, unless somebody has derived another class from it (fully_shard) since then."""
+    vars(model).pop("_swaa_virtual_tokens", None)
+    adapted = type(model)
+    plain = vars(adapted).get("_swaa_plain_class")
+    if plain is not None:
+        model.__class__ = plain
+        _rebind(model, adapted, plain)
+
+
+def _rebind(model: PreTrainedModel, before: type, after: type) -> None:
+    """Where hooks of accelerate have put themselves around a forward, they keep the method (accelerate 1.x)."""
+    kept = vars(model).get("_old_forward")
+    if getattr(kept, "__func__", None) is before.forward:  # type: ignore[attr-defined]
+        vars(model)["_old_forward"] = types.MethodType(after.forward, model)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def adapted_class(plain: Any) -> Any:
+    """A class derived from that of a causal language model, with the same name."""
+
+    class Adapted(plain):  # type: ignore[misc]
+        _swaa_plain_class = plain
+
+        @functools.wraps(plain.forward)
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            if self.config._attn_implementation != "swaa_flex":
+                return super().forward(*args, **kwargs)
+            given = dict(zip(names, args, strict=False)) | kwargs
+            if given.get("labels") is not None:
+                given = told_by_labels(given, getattr(self, "_swaa_virtual_tokens", 0))
+            return _checked(super().forward, self.config, given)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            _, _, *state = super().__reduce_ex__(protocol)
+            return _new, (plain,), *state
+
+    names = tuple(inspect.signature(plain.forward).parameters)[1:]
+    Adapted.__name__, Adapted.__qualname__, Adapted.__module__ = plain.__name__, plain.__qualname__, plain.__module__
+    return Adapted
+
+
+def _new(plain: Any) -> Any:
+    """An empty instance for pickle and copy, which cannot name the derived class."""
+    cls = adapted_class(plain)
+    return cls.__new__(cls)
+
+
+def _checked(forward: Callable[..., Any], config: PreTrainedConfig, given: dict[str, Any]) -> Any:
+    """Calls the forward of a model, and refuses its answer if what it was told has not arrived.
+
+    Args:
+        forward: that of the model's own class.
+        config: of the model.
+        given: its arguments by name.
+    """
+    positions = packed_positions(given)
+    is_packed = positions is not None and not torch.compiler.is_compiling() and has_several_documents(positions)
+    is_told = given.get("prompt_lengths") is not None or given.get("decode_rows") is not None
+    if not is_told and not is_packed:
+        return _called(forward, given)
+    receipt = Receipt()
+    out = _called(forward, given | {"swaa_receipt": receipt})
+    receipt.check(config, is_told, is_packed)
+    return out
+
+
+def _called(forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Calls a forward; a cache whose forward is interrupted learns of it."""
+    cache = given.get(CACHE, given.get("past_key_values"))
+    if torch.compiler.is_compiling() or not isinstance(cache, SWAACache):
+        return forward(**given)
+    before = cache.updates
+    try:
+        return forward(**given)
+    except BaseException:
+        if cache.updates != before:
+            cache.abandon_forward()
+        raise
