@@ -359,6 +359,20 @@ def test_attention_asks_for_what_is_chosen(on, called, machine, backends_):
     assert called.shapes[-2:] == [(8, 1), (8, 1)], "a group of 3 is padded to 4"
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_second_derivatives_of_compiled_kernels_are_refused(return_lse, on, called, monkeypatch):
+    """Whatever the loss: torch 2.11 drops them where it is linear in the output."""
+    on(A100)
+    monkeypatch.setattr(called, "call", lambda query, *rest: (query * 2, query.sum(-1)), raising=False)
+    query, key, value = tensors(300, 300, dtype=torch.float32)
+    results = attention(query.requires_grad_(), key, value, causal() & window(64), return_lse=return_lse)
+    for result in results if return_lse else (results,):
+        (grad,) = torch.autograd.grad(result.sum(), query, retain_graph=True)
+        assert grad.isfinite().all()
+        with pytest.raises(BackendUnavailableError, match=r"no second derivatives.*backend='chunked' has"):
+            torch.autograd.grad(result.sum(), query, create_graph=True)
+
+
 def test_few_rows_cut_out_of_a_query_are_no_work_for_the_decode_kernel(on, called):
     on(H200)
     attention(*tensors(4001, 4001), causal() & (window(500) | (window(900) & rows_from(3993))))

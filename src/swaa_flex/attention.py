@@ -127,6 +127,10 @@ def attention(
         if sink_logits is not None:
             assert lse is not None
             out, lse = _with_sinks(out, lse, sink_logits)
+        if not inputs.in_graph:
+            for result in (out, lse):
+                if result is not None and result.requires_grad:
+                    result.register_hook(_refuse_second_derivatives)
     if not return_lse:
         return out
     assert lse is not None
@@ -161,6 +165,14 @@ def _with_sinks(out: Tensor, lse: Tensor, sink_logits: Tensor) -> tuple[Tensor, 
     """Output and log-sum-exp of a softmax that one more logit per head has joined, which has no value."""
     sinks = sink_logits.to(lse.dtype).view(1, -1, 1)
     return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype), torch.logaddexp(lse, sinks)
+
+
+def _refuse_second_derivatives(grad: Tensor) -> None:
+    """A hook for the backward pass. Where that is compiled, torch 2.11 drops second derivatives without a word."""
+    if torch.is_grad_enabled():
+        raise BackendUnavailableError(
+            "FlexAttention has no second derivatives (create_graph=True, torch.func.hessian); backend='chunked' has"
+        )
 
 
 def _joined(parts: list[Tensor], ready: AttentionPlan) -> Tensor:
