@@ -422,7 +422,7 @@ def test_doctor_knows_whether_a_compiler_is_there(no_gpu, monkeypatch):
 
 
 def test_doctor_survives_a_broken_package_that_a_backend_needs(h200, monkeypatch):
-    def broken(name, device):
+    def broken(*asked):
         raise OSError("libcutlass.so: cannot open shared object file")
 
     monkeypatch.setattr("swaa_flex.backends.why_not", broken)

@@ -178,11 +178,13 @@ class Steps:
         gap = torch.ones(1, 24, dtype=torch.long)
         gap[0, 7] = 0
         cache = SWAACache(model.config)
-        wrong = self.random.choice(
-            [{"attention_mask": gap}, {"output_attentions": True}, {"decode_rows": torch.ones(1, 9, dtype=torch.bool)}]
-        )
+        wrong = [
+            {"attention_mask": gap},
+            {"prompt_lengths": torch.tensor([3, 4, 5])},
+            {"decode_rows": torch.ones(1, 9, dtype=torch.bool)},
+        ]
         with pytest.raises(REFUSALS):
-            model(ids, **wrong, **{CACHE: cache})
+            model(ids, **self.random.choice(wrong), **{CACHE: cache})
 
     def interrupted(self):
         model, cache = self.subject.model, SWAACache(self.subject.model.config)

@@ -14,6 +14,7 @@ from .backends import Inputs, why_not
 from .block_mask import check_batch_and_heads
 from .errors import BackendUnavailableError, ConfigError, MaskError
 from .plan import AttentionPlan, plan_for
+from .tracing import is_tracing
 
 
 @overload
@@ -101,7 +102,7 @@ def attention(
         needs_lse=return_lse or sink_logits is not None,
         # Asked here, and nowhere below: where torch.compile gives up on this function, it may still compile what this
         # one calls, and the two must not be told different things.
-        in_graph=torch.compiler.is_compiling(),
+        in_graph=is_tracing(),
     )
     if isinstance(mask, AttentionPlan):
         ready = _checked_plan(mask, inputs)

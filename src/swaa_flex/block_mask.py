@@ -16,6 +16,7 @@ from .compact import CompactBlockMask
 from .errors import MaskError
 from .intervals import Bounds, Interval, Linear, Rows, Union, symbolic
 from .masks import offset
+from .tracing import is_tracing
 
 BLOCK_SIZE = 128
 """Rows and keys per block, FlexAttention's default sparse block size."""
@@ -88,7 +89,7 @@ def bounded_on(mask: Mask, device: torch.device, needs_grad: bool = False) -> to
 
     Not with the query-side lists of the backward pass, which are worked out at the size of all pairs of blocks.
     """
-    if device.type != "cuda" or needs_grad or torch.compiler.is_compiling() or has_tensor(mask):
+    if device.type != "cuda" or needs_grad or is_tracing() or has_tensor(mask):
         return device
     return torch.device("cpu")
 
@@ -183,7 +184,7 @@ def check_sizes(mask: Mask, q_len: int, kv_len: int, batch: int | None, heads: i
     """Refuses lengths of nothing, and tensors in masks that are for other sizes."""
     if not all(is_whole(length) and length >= 1 for length in (q_len, kv_len)):
         raise MaskError(f"q_len={q_len}, kv_len={kv_len}: expected at least one query row and one key")
-    if not torch.compiler.is_compiling():  # a graph is for lengths that vary
+    if not is_tracing():  # a graph is for lengths that vary
         if max(q_len, kv_len) > LARGEST:
             raise MaskError(f"q_len={q_len}, kv_len={kv_len}: expected at most {LARGEST} rows and keys")
         mask.check_indices((0, q_len), (0, kv_len))
@@ -338,7 +339,7 @@ def _laid_out(x: Tensor) -> Tensor:
     There inductor may still lay out a computed tensor in another order after the template of flex_attention has read
     its strides, and the kernel then reads garbage as block indices (torch 2.11). A view with strides settles them.
     """
-    if not torch.compiler.is_compiling():
+    if not is_tracing():
         return x.contiguous()
     strides = [1]
     for size in reversed(x.shape[1:]):

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .tracing import is_tracing
+
 MAX_INTERVALS = 6
 """Longest union a mask may state; what exceeds it is hulled (superset) or dropped (subset)."""
 
@@ -253,7 +255,7 @@ def _at_least(tensor: Tensor, number: int) -> Tensor:
     Inductor on the CPU cannot compile a clamp that is then divided ("vr must not be None for symbol q0", torch 2.13;
     what later versions can is not known).
     """
-    if torch.compiler.is_compiling():
+    if is_tracing():
         return torch.where(tensor < number, number, tensor)
     return tensor.clamp(min=number)
 

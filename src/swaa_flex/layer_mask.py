@@ -17,6 +17,7 @@ from .algebra import Mask, negated
 from .config import LayerKind, SWAAConfig
 from .errors import MaskError
 from .masks import causal, in_sequences, offset, packed, rows_from, rows_where, sinks, window
+from .tracing import is_tracing
 
 _FAR = 1 << 30  # behind the last column of every sequence
 
@@ -148,7 +149,7 @@ def _rows_of_lengths(rows: QueryRows, tail: int, decode_is_full: bool) -> Mask:
         compiled = ", or attention_mask of ones if they are not packed (compiled forwards do not know)"
         raise MaskError(
             "prompt lengths cannot say where the prompts of packed documents end; pass decode_rows"
-            + (compiled if torch.compiler.is_compiling() else "")
+            + (compiled if is_tracing() else "")
         )
     if isinstance(rows.q_offset, Tensor) and not isinstance(lengths, Tensor):
         # Nothing is split at a row of unknown offset, and compiled code would be made again for each number.

@@ -47,6 +47,7 @@ from .sequences import (
     SinksAndTail,
     drop_single_batch,
 )
+from .tracing import is_tracing
 
 __all__ = [
     "Mask",
@@ -281,7 +282,7 @@ def sequence_ends(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     real = attention_mask.bool()
     first = real.int().argmax(-1)
     stop = torch.where(real.any(-1), real.shape[-1] - real.flip(-1).int().argmax(-1), 0)
-    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+    if attention_mask.device.type == "cpu" and not is_tracing():
         gaps = (stop - first != real.sum(-1)) & real.any(-1)
         if bool(gaps.any()):
             row = int(torch.atleast_1d(gaps).int().argmax())

@@ -26,6 +26,7 @@ from .block_mask import BLOCK_SIZE, bounded_on, check_sizes, layout, list_width,
 from .intervals import Bounds
 from .kernels import FEW_ROWS, Segment, backend_for_rows, lists_full_blocks, rows_per_block
 from .masks import causal, offset
+from .tracing import is_tracing
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class AttentionPlan:
     @property
     def is_outdated(self) -> bool:
         """Whether a tensor in the mask has changed in place since the plan was made."""
-        known = self.versions is not None and not torch.compiler.is_compiling()
+        known = self.versions is not None and not is_tracing()
         return known and self.versions != versions(self.mask)
 
     @property
@@ -135,7 +136,7 @@ def plan(
         head_dim=head_dim,
         value_dim=value_dim,
         needs_grad=needs_grad,
-        in_graph=torch.compiler.is_compiling(),
+        in_graph=is_tracing(),
     )
     return plan_for(mask, inputs, backend, q_offset, twin)
 

@@ -11,6 +11,7 @@ from . import intervals
 from .algebra import Mask, Span, brief, check_table, describe, holds_integers, known_range, within_reach
 from .errors import MaskError
 from .intervals import EVERYTHING, NOTHING, Bounds, Interval, Linear, Rows, symbolic
+from .tracing import is_tracing
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -69,7 +70,7 @@ class Documents(Mask):
         starts = torch.where(begins, index, 0).cummax(-1).values
         ends = ids.diff(dim=-1, append=ids[..., -1:] - 1) != 0
         stops = torch.where(ends, index + 1, length).flip(-1).cummin(-1).values.flip(-1)
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if ids.device.type == "cpu" and not is_tracing():
             for row, (row_ids, row_begins) in enumerate(
                 zip(torch.atleast_2d(ids), torch.atleast_2d(begins), strict=True)
             ):

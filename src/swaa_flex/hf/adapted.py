@@ -8,10 +8,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layer_mask import has_several_documents
+from ..tracing import is_tracing
 from .cache import CACHE, SWAACache
 from .labels import packed_positions, told_by_labels
 from .receipt import Receipt
@@ -93,11 +93,11 @@ def _checked(forward: Callable[..., Any], config: PreTrainedConfig, given: dict[
         given: its arguments by name.
     """
     positions = packed_positions(given)
-    is_packed = positions is not None and not torch.compiler.is_compiling() and has_several_documents(positions)
+    is_packed = positions is not None and not is_tracing() and has_several_documents(positions)
     is_told = given.get("prompt_lengths") is not None or given.get("decode_rows") is not None
     if not is_told and not is_packed:
         return _called(forward, given)
-    receipt = Receipt()
+    receipt = given.get("swaa_receipt") or Receipt()
     out = _called(forward, given | {"swaa_receipt": receipt})
     receipt.check(config, is_told, is_packed)
     return out
@@ -106,7 +106,7 @@ def _checked(forward: Callable[..., Any], config: PreTrainedConfig, given: dict[
 def _called(forward: Callable[..., Any], given: dict[str, Any]) -> Any:
     """Calls a forward; a cache whose forward is interrupted learns of it."""
     cache = given.get(CACHE, given.get("past_key_values"))
-    if torch.compiler.is_compiling() or not isinstance(cache, SWAACache):
+    if is_tracing() or not isinstance(cache, SWAACache):
         return forward(**given)
     before = cache.updates
     try:

@@ -8,6 +8,7 @@ left pads included; the attention mask of a layer learns from `Stored` which col
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from transformers.cache_utils import (
 from transformers.masking_utils import create_causal_mask
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..tracing import is_tracing
 from .cache_layers import Pads, SinksAndWindowLayer, StaticSinksAndWindowLayer
 from .config import kv_shape, layer_kinds, swaa_of
 from .prompt import checked_lengths
@@ -128,6 +130,14 @@ class SWAACache(Cache):
         self._not_updated: set[int] = set()  # layers that the forward under way has not reached
         self._is_broken = False
         self.updates = 0  # of layers, outside of graphs
+        self._origin = _Offset.of(self)  # for graphs, which cannot make one themselves (torch 2.11)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_origin"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._origin = _Offset.of(self)
 
     @property
     def prompt_lengths(self) -> int | Tensor | None:
@@ -227,7 +237,7 @@ class SWAACache(Cache):
             )
         self._check_shape(self.layers[layer_idx], key_states, layer_idx)
         self._refuse_longer(self.layers[layer_idx], key_states)
-        if not torch.compiler.is_compiling():
+        if not is_tracing():
             self._refuse_other_attention(layer_idx)
             self._not_updated.discard(layer_idx)
             self.updates += 1
@@ -272,14 +282,16 @@ class SWAACache(Cache):
         Being asked, before the first layer of every forward, also is the moment for what cannot happen in the layers:
         refusing an interrupted forward, and releasing prompts.
         """
-        if not torch.compiler.is_compiling():
+        if not is_tracing():
             self._not_updated = set()  # until `begin_forward`
             self._refuse_if_interrupted()
             for layer in self.layers:  # asked of one layer only, before a forward that may be compiled
                 if isinstance(layer, StaticSinksAndWindowLayer):
                     layer.expect(query_length)
         length, first = super().get_mask_sizes(query_length, layer_idx)
-        if torch.compiler.is_compiling() and isinstance(self.layers[layer_idx], DynamicSlidingWindowLayer):
+        if not is_tracing():
+            return length, _Offset.of(self, first)
+        if isinstance(self.layers[layer_idx], DynamicSlidingWindowLayer):
             # A number that varies from call to call cannot be an object in a graph (torch 2.15).
             if self.first is not None or self.prompt_lengths is not None:
                 raise ConfigError(
@@ -287,9 +299,7 @@ class SWAACache(Cache):
                     "forward, knows neither pads nor prompt lengths; give the cache a max_length"
                 )
             return length, first
-        offset = _Offset(first)
-        offset.cache = self
-        return length, offset
+        return length, self._origin
 
     def reset(self) -> None:
         """Forgets every token and what was said of them; also after an interrupted forward."""
@@ -413,7 +423,7 @@ class SWAACache(Cache):
 
     def _refuse_longer(self, layer: CacheLayerMixin, key_states: Tensor) -> None:
         """Refuses more tokens than there is room for; on a GPU in one forward only, as counting would wait for it."""
-        if self.max_length is None or torch.compiler.is_compiling():
+        if self.max_length is None or is_tracing():
             return
         seen: Any = layer.get_seq_length() if key_states.device.type == "cpu" else 0
         tokens = int(seen) + key_states.shape[-2]
@@ -536,12 +546,20 @@ class Stored:
 class _Offset(int):
     """The first column of a layer's keys, as `get_mask_sizes` returns it: a number that knows its cache.
 
-    transformers hands that number on to the mask function as it is, and nothing else of the cache (5.17 to 5.24).
+    transformers hands that number on to the mask function as it is, and nothing else of the cache (5.17 to 5.24). It
+    refers to the cache weakly, so that a cache that is dropped gives back its memory at once.
     """
 
-    cache: SWAACache
+    cache: weakref.ref[SWAACache]
+
+    @classmethod
+    def of(cls, cache: SWAACache, first: int = 0) -> _Offset:
+        """The number `first`, which knows `cache`."""
+        offset = cls(first)
+        offset.cache = weakref.ref(cache)
+        return offset
 
 
 def cache_behind(kv_offset: int) -> SWAACache | None:
     """The `SWAACache` that a mask is asked for, from the offset of its keys; None for another cache or none."""
-    return kv_offset.cache if isinstance(kv_offset, _Offset) else None
+    return kv_offset.cache() if isinstance(kv_offset, _Offset) else None

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from ..tracing import is_tracing
+
 if TYPE_CHECKING:
     from .cache import Stored
 
@@ -229,7 +231,7 @@ class StaticSinksAndWindowLayer(StaticLayer):
         if self.holding:
             self.lengths_known = lengths_known
             first_token = self.was_empty and not lengths_known
-            if decoding and not first_token and not torch.compiler.is_compiling():
+            if decoding and not first_token and not is_tracing():
                 self.begin_decoding()
             return
         if self.to_keep is None:  # the new keys have been written to the ring at once
@@ -251,7 +253,7 @@ class StaticSinksAndWindowLayer(StaticLayer):
     def expect(self, query_length: int) -> None:
         """One new token is a decode row, unless the caller says where prompts end."""
         # Not inside a compiled graph: that would be one more graph for the first token, and holding on is right too.
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return
         if self.holding and query_length == 1 and not self.empty and not self.lengths_known:
             self.begin_decoding()
@@ -302,7 +304,7 @@ class StaticSinksAndWindowLayer(StaticLayer):
 
 def _keep_address(tensor: Tensor) -> None:
     """Tells torch.compile that the tensor stays where it is, as transformers does for its static layers."""
-    if not torch.compiler.is_compiling():
+    if not is_tracing():
         torch._dynamo.mark_static_address(tensor)
 
 

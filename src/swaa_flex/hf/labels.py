@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import MaskError
 from ..layer_mask import document_starts
+from ..tracing import is_tracing
 from .cache import CACHE
 from .surroundings import surroundings
 
@@ -62,7 +63,7 @@ def told_by_labels(given: dict[str, Any], virtual_tokens: int = 0) -> dict[str, 
     if cache is None:
         # A cache has no use here, and transformers takes packed rows for one text where there is one.
         given = {"use_cache": False} | given
-    before = 0 if cache is None or torch.compiler.is_compiling() else int(cache.get_seq_length())
+    before = 0 if cache is None or is_tracing() else int(cache.get_seq_length())
     if lengths is not None:
         _refuse_longer(lengths, before + labels.shape[-1])
     if lengths is not None or given.get("decode_rows") is not None or surroundings.prompt.says_where:
@@ -75,7 +76,7 @@ def told_by_labels(given: dict[str, Any], virtual_tokens: int = 0) -> dict[str, 
     if padding is not None:  # of virtual tokens and those in a cache too
         padding = padding[:, -text.shape[1] :]
     decode_rows = decode_rows_of(text, padding, packed_positions(given))
-    if not torch.compiler.is_compiling():
+    if not is_tracing():
         if before not in (0, virtual_tokens):
             _refuse_continued(text, padding, decode_rows)
         if given.get("input_ids") is None and text is labels:
@@ -120,7 +121,7 @@ def _refuse_embedded(decode_rows: Tensor) -> None:
 
 
 def _refuse_longer(lengths: Any, tokens: int) -> None:
-    if torch.compiler.is_compiling() or (isinstance(lengths, Tensor) and lengths.device.type != "cpu"):
+    if is_tracing() or (isinstance(lengths, Tensor) and lengths.device.type != "cpu"):
         return
     for number, length in enumerate(torch.as_tensor(lengths).reshape(-1).tolist()):
         if length != int(length) or length < 0:

@@ -22,6 +22,7 @@ from ..errors import ConfigError, MaskError, UnsupportedModelError
 from ..layer_mask import QueryRows, document_starts, each_sequence, has_several_documents, layer_mask
 from ..masks import everything, from_mask_mod, kv_positions, offset, sequence_ends, sinks_and_tail
 from ..plan import AttentionPlan, plan
+from ..tracing import is_tracing
 from .cache import Stored, SWAACache, cache_behind
 from .cache_layers import ring_columns
 from .callers import Caller, find_caller, refuse_unknown_prompts
@@ -67,7 +68,7 @@ def make_forward_mask(
             device=device,
             **kwargs,
         )
-    eager = not torch.compiler.is_compiling()
+    eager = not is_tracing()
     if eager:
         refuse_without_interface(type(config))
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -358,7 +359,7 @@ class ForwardMask(BlockMask):
         """Lets the cache release what no later row can see."""
         if not source.releases:
             return
-        if torch.compiler.is_compiling() and self.forward.ends is not None and "told" not in self.memo:
+        if is_tracing() and self.forward.ends is not None and "told" not in self.memo:
             source.begins_at(self.forward.ends[0])  # outside of graphs the cache is told before the first layer
             self.memo["told"] = True
         if source.awaits_prompts and self._may_read():
@@ -373,7 +374,7 @@ class ForwardMask(BlockMask):
         `generate` makes masks outside of compiled forwards. What a graph leaves in objects from outside, torch.compile
         has to put together again after the graph, which it cannot do for a plan.
         """
-        if torch.compiler.is_compiling() and layer == self.forward.last_layer:
+        if is_tracing() and layer == self.forward.last_layer:
             self.plans.clear()
             self.memo.clear()
 
@@ -408,7 +409,7 @@ class ForwardMask(BlockMask):
             return True
         if not info.says_where:
             return forward.q_len == 1 and (isinstance(forward.q_offset, Tensor) or forward.q_offset > 0)
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return False  # unknown without a synchronisation; keeping the keys is always right
         end = forward.q_offset + forward.q_len
         if isinstance(info.lengths, int) and isinstance(end, int) and first is None:
@@ -448,10 +449,13 @@ class ForwardMask(BlockMask):
     def _refuse_unseen_documents(self, position_ids: Tensor | None) -> None:
         """Refuses packed documents that transformers takes for one text: with a cache, or in some families always."""
         forward = self.forward
-        may_be = position_ids is not None and position_ids.dim() == 2 and forward.ends is None
-        if not may_be or forward.q_len != forward.kv_len or "one text" in self.memo or torch.compiler.is_compiling():
+        if position_ids is None or position_ids.dim() != 2 or forward.q_len != forward.kv_len:
             return
-        assert position_ids is not None
+        # Positions of left pads, which a padding mask or a SWAACache knows of, are all the same too.
+        if forward.ends is not None or forward.cache is not None or "one text" in self.memo or is_tracing():
+            return
+        if forward.device.type != "cpu" and not torch.is_grad_enabled():
+            return  # looking would make the host wait, which a prompt is not worth
         if has_several_documents(position_ids):
             raise UnsupportedModelError(
                 "position_ids begin again within a row, as those of packed documents do, but transformers makes a "
@@ -485,13 +489,13 @@ class ForwardMask(BlockMask):
         return padding
 
     def _may_read(self) -> bool:
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return False
         return self.forward.device.type == "cpu" or self.forward.q_len > 1
 
     def _warn_of_unknown_prompts(self, module: nn.Module, tail: int) -> None:
         """Warns where a prompt is not known to be one: in training, and once if it comes in several forwards."""
-        if torch.compiler.is_compiling():
+        if is_tracing():
             return
         if module.training and torch.is_grad_enabled():
             warnings.warn(

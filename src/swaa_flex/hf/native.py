@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
@@ -16,6 +15,7 @@ from transformers.masking_utils import causal_mask_function
 from ..algebra import Mask
 from ..errors import UnsupportedModelError
 from ..masks import causal, window
+from ..tracing import is_tracing
 
 # Functions of transformers.masking_utils from which plain causal, sliding and packed masks are put together.
 _SLIDING = "sliding_window_overlay.<locals>.inner_mask"
@@ -61,7 +61,7 @@ def read_native(
     """
     if mask_function is causal_mask_function:
         return Native(causal())
-    if torch.compiler.is_compiling():
+    if is_tracing():
         # Closures cannot be looked into here; what remains of the known ones is a sliding or packed causal mask.
         # (Without cache and padding mask transformers always says packed in a compiled graph.)
         if use_vmap or mask_function.__name__ != "and_mask" or getattr(config, "attention_chunk_size", None):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..algebra import describe, holds_integers, is_whole
 from ..errors import MaskError
+from ..tracing import is_tracing
 from .surroundings import NOTHING_KNOWN, PromptInfo, surroundings
 
 
@@ -99,7 +100,7 @@ def _checked(
         lengths = torch.tensor(numbers)
     if not holds_integers(lengths, 0, 1):
         raise MaskError(f"prompt lengths: expected ints [batch], got {lengths.dtype} of shape {list(lengths.shape)}")
-    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
+    if lengths.device.type == "cpu" and not is_tracing() and bool((lengths < 0).any()):
         raise MaskError(f"prompt lengths: expected numbers of tokens, got {lengths.tolist()}")
     return lengths, None
 
