@@ -2,6 +2,7 @@
 
 import math
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from swaa_flex import Mask
 
+threading.stack_size(1 << 28)  # torch 2.11 traces deeply, and overflows the stack of a thread
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers fill the cores; threads of tiny operations would only wait for each other
 
