@@ -1,6 +1,7 @@
 """Forwards whose caller decides what they can know: checkpoints, generation without a cache, graphs, copies, peft."""
 
 import copy
+import gc
 import pickle
 import threading
 
@@ -11,11 +12,13 @@ from test_models import SIZE, tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.masking_utils import create_masks_for_generate
 
 import swaa_flex
 from swaa_flex import MaskError, SWAACache, SWAAConfig, UnsupportedModelError
 from swaa_flex.hf.adapt import full_attention
 from swaa_flex.hf.cache import CACHE
+from swaa_flex.hf.mask import ForwardMask
 from swaa_flex.tuning import Collator, Example
 
 WINDOW = SWAAConfig(sliding_window=6, sink_tokens=2, full_attention_layers=(1,), dense_tail=3)
@@ -164,6 +167,30 @@ def test_a_graph_that_was_traced_before_the_first_prompt_of_its_thread_looks_for
     assert len(found) == len(told)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_compiled_forwards_leave_no_mask_behind():
+    """Neither where the last layer does not attend, nor where masks are made outside of the graph."""
+    model = adapted("llama")
+    torch.manual_seed(0)
+    size = SIZE | FAMILIES["lfm2"] | {"layer_types": ["full_attention", "conv"], "num_hidden_layers": 2}
+    last_is_conv = AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("lfm2", **size)).eval()
+    tokens = ids()
+    mask = torch.ones_like(tokens)
+    for each in (model, swaa_flex.adapt(last_is_conv, SWAAConfig(6, 2, (), True, 3))):
+        with torch.no_grad():
+            expected = each(tokens, attention_mask=mask, use_cache=False).logits
+            torch._dynamo.reset()
+            compiled = torch.compile(each, backend="eager", dynamic=False)
+            for made in (mask, create_masks_for_generate(each.config, torch.empty(1, 24, 32), mask, **{CACHE: None})):
+                found = compiled(tokens, attention_mask=made, use_cache=False).logits
+                torch.testing.assert_close(found, expected, **CLOSE)
+        if isinstance(made, ForwardMask):
+            assert (made.plans, made.memo) == ({}, {})
+        del made
+        gc.collect()
+        assert [x for x in gc.get_objects() if type(x) is ForwardMask] == []
+    torch._dynamo.reset()
 
 
 # --- copies ------------------------------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ def sequence_ends(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
             row = int(torch.atleast_1d(gaps).int().argmax())
             raise MaskError(
                 f"attention_mask has pads between real tokens in sequence {row}; expected padding at the ends "
-                "only: move the pads to the left of each sequence (to the right, where peft puts virtual tokens before it)"
+                "only: move the pads to the left of each sequence (to the right, where peft adds virtual tokens)"
             )
     return first, stop
 

@@ -234,10 +234,12 @@ class ForwardMask(BlockMask):
         if "info" not in self.memo:
             forward = self.forward
             info = overruled(forward.prompt, lengths, decode_rows)
+            is_told = lengths is not None or decode_rows is not None
             if not info.says_where and forward.cache is not None:
                 info = overruled(info, forward.cache.prompt_lengths, None)
-            if self._slides():
-                refuse_unknown_prompts(forward.caller, forward.prompt, info.says_where and info != forward.prompt)
+                is_told = info.says_where
+            if not is_tracing() and self._slides():
+                refuse_unknown_prompts(forward.caller, forward.prompt, is_told)
             self.memo["info"] = info
         known: PromptInfo = self.memo["info"]
         return known
