@@ -461,7 +461,9 @@ class _Offset(Mask):
 
 
 def _checked_offset(value: object) -> int:
-    return _checked_int("offset", value if isinstance(value, torch.SymInt) else operator.index(value))  # type: ignore[arg-type]
+    if not isinstance(value, (int, torch.SymInt)):  # torch 2.11 does not trace `index`
+        value = operator.index(value)  # type: ignore[arg-type]
+    return _checked_int("offset", value)
 
 
 def _is_zero(value: int | Tensor) -> bool:
