@@ -561,3 +561,16 @@ def test_recurrent_layers_are_counted_and_not_compiled():
         assert held["window"] > 0 and held["native"] > 0 and held["full"] == 0
     with pytest.raises(UnsupportedModelError, match="'lfm2': compiled prompts are padded, and its recurrent layers"):
         swaa_flex.compile(model, max_length=256)
+
+
+def test_lengths_per_prompt_follow_their_beams_when_sequences_move(llama):
+    llama.config.swaa = RECIPES[0]
+    cache = SWAACache(llama.config, prompt_lengths=[5, 15])
+    forward(llama, torch.randint(3, 99, (4, 20)), cache)
+    cache.batch_select_indices(torch.tensor([2, 3]))
+    assert cache.prompt_lengths.tolist() == [15, 15]
+
+
+def test_a_shallow_copy_is_refused(llama):
+    with pytest.raises(ConfigError, match="deepcopy"):
+        copy.copy(SWAACache(llama.config))

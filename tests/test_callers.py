@@ -169,6 +169,22 @@ def test_a_graph_that_was_traced_before_the_first_prompt_of_its_thread_looks_for
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+def test_layers_that_are_compiled_one_by_one_are_right_beyond_the_limit_of_recompilations():
+    """torch.compile gives up on the ninth layer, which then runs among layers in graphs."""
+    model, tokens = adapted(num_hidden_layers=10), ids()
+    with torch.no_grad():
+        for prompt in (None, 15, 9):
+            with swaa_flex.prompt(prompt):
+                expected = model(tokens, use_cache=False).logits
+                torch._dynamo.reset()
+                for layer in model.model.layers:
+                    layer.compile(backend="eager")
+                torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, **CLOSE)
+                for layer in model.model.layers:
+                    layer._compiled_call_impl = None
+    torch._dynamo.reset()
+
+
 def test_compiled_forwards_leave_no_mask_behind():
     """Neither where the last layer does not attend, nor where masks are made outside of the graph."""
     model = adapted("llama")
@@ -322,10 +338,42 @@ def test_packed_examples_have_the_losses_of_single_ones_or_are_refused(family, r
     assert packed == pytest.approx(single, rel=1e-4)
 
 
-def test_packed_positions_beside_a_cache_are_refused(model):
+@pytest.mark.parametrize("make", [DynamicCache, SWAACache], ids=["stock", "ours"])
+def test_packed_positions_beside_a_cache_are_refused(model, make):
     positions = torch.cat([torch.arange(14), torch.arange(10)])[None]
     with pytest.raises(UnsupportedModelError, match="use_cache=False"):
-        model(ids(), position_ids=positions)
+        model(ids(), position_ids=positions, **{CACHE: make(config=model.config)})
+
+
+def test_documents_that_only_other_attentions_know_of_are_refused(model):
+    with pytest.raises(UnsupportedModelError, match=r"cu_seq_lens_q.*position_ids"):
+        model(ids(), cu_seq_lens_q=torch.tensor([0, 14, 24]), use_cache=False)
+
+
+def test_what_a_caller_writes_to_its_tensors_afterwards_changes_nothing(model):
+    tokens, lengths = ids(30, batch=2), torch.tensor([9, 15])
+    with torch.no_grad():
+        expected = model(tokens, prompt_lengths=torch.tensor([9, 15]), use_cache=False).logits
+        cache = SWAACache(model.config, prompt_lengths=lengths)
+        with swaa_flex.prompt(lengths):
+            lengths.zero_()
+            torch.testing.assert_close(model(tokens, use_cache=False).logits, expected, **CLOSE)
+        torch.testing.assert_close(model(tokens, **{CACHE: cache}).logits, expected, **CLOSE)
+
+
+def test_layers_that_are_computed_again_run_the_recipe_of_their_forward(model):
+    tokens = ids()
+    model.train()
+    expected = gradient(model, lambda: model(tokens, prompt_lengths=15, use_cache=False).logits)
+    model.zero_grad()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": True})
+    out = model(tokens, prompt_lengths=15, use_cache=False).logits
+    model.config.swaa["sliding_window"] = 20
+    out.float().square().sum().backward()
+    found = model.lm_head.weight.grad, model.model.layers[0].self_attn.q_proj.weight.grad
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 # --- layers that are left out, encoders inside ---------------------------------------------------------------------

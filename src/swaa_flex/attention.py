@@ -236,6 +236,8 @@ def _checked_plan(ready: AttentionPlan, inputs: Inputs) -> AttentionPlan:
             f"the plan is for q_len={made_for.q_len}, kv_len={made_for.kv_len} and the tensors have {inputs.q_len} "
             f"and {inputs.kv_len}; make a plan for these lengths"
         )
+    if made_for.in_graph and not inputs.in_graph:
+        raise MaskError("the plan was made inside of a compiled graph and is used outside of it; make one there")
     if ready.is_outdated:
         raise MaskError(
             f"a tensor in {ready.mask!r} has changed in place since the plan was made, and the plan is for what it "

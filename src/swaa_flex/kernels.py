@@ -53,7 +53,7 @@ class Segment:
         """What of its mask a compiled kernel is made for."""
         if self.backend == "flash":
             return inlined(self.mask)
-        # Integers that vary between calls are symbolic, which the CPU kernel cannot have: see `_flex_segment`.
+        # Integers that vary between calls are symbolic, which the CPU kernel cannot have: see plan.py.
         return self.mask.structure, numbers_in_functions(self.mask) if self.backend == "cpp" else None
 
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layer_mask import has_several_documents
 from ..tracing import is_tracing
-from .cache import CACHE, SWAACache
-from .labels import packed_positions, told_by_labels
+from .cache import SWAACache
+from .labels import cache_in, packed_positions, told_by_labels
 from .receipt import Receipt
 
 
@@ -105,7 +105,7 @@ def _checked(forward: Callable[..., Any], config: PreTrainedConfig, given: dict[
 
 def _called(forward: Callable[..., Any], given: dict[str, Any]) -> Any:
     """Calls a forward; a cache whose forward is interrupted learns of it."""
-    cache = given.get(CACHE, given.get("past_key_values"))
+    cache = cache_in(given)
     if is_tracing() or not isinstance(cache, SWAACache):
         return forward(**given)
     before = cache.updates

@@ -56,7 +56,7 @@ def attention_forward(
         output_attentions: must be false.
         outside_graph: whether a graph that is being traced leaves attention to `PromptChunk`.
         swaa_receipt: of an adapted model's forward, to sign.
-        kwargs: not used, but for those by which models choose keys: they must be None.
+        kwargs: keywords by which models choose keys or cut rows into documents must be None; others are not used.
 
     Returns:
         The output `[batch, q_len, heads, head_dim]`, and None for the weights, which never exist as a whole.
@@ -89,6 +89,11 @@ def attention_forward(
         raise UnsupportedModelError(
             "swaa_flex makes its masks itself: pass attention_mask as [batch, len] (or not at all) instead of "
             f"{'a mask per pair' if attention_mask is not None else 'calling attention without a mask'}"
+        )
+    if kwargs.get("cu_seq_lens_q") is not None and not attention_mask.forward.native.is_packed:
+        raise UnsupportedModelError(
+            "cu_seq_lens_q= cuts rows into documents that the mask does not know of: pass position_ids that begin "
+            "again at each of them, without a padding mask and a cache"
         )
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):

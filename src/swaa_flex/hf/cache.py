@@ -29,6 +29,7 @@ from transformers.cache_utils import (
 from transformers.masking_utils import create_causal_mask
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..layer_mask import each_sequence
 from ..tracing import is_tracing
 from .cache_layers import Pads, SinksAndWindowLayer, StaticSinksAndWindowLayer
 from .config import kv_shape, layer_kinds, swaa_of
@@ -131,6 +132,10 @@ class SWAACache(Cache):
         self._is_broken = False
         self.updates = 0  # of layers, outside of graphs
         self._origin = _Offset.of(self)  # for graphs, which cannot make one themselves (torch 2.11)
+
+    def __copy__(self) -> SWAACache:
+        """Refused: both caches would write to the same layers."""
+        raise ConfigError("copy.copy of a SWAACache: it shares the layers; use copy.deepcopy(cache)")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_origin"}
@@ -385,13 +390,14 @@ class SWAACache(Cache):
         super().prefetch(layer_idx, only_non_sliding)
 
     def _move(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Changes what is known of each sequence as the sequences change (what is known of other batches stays)."""
+        """Changes what is known of each sequence as the sequences change; what is known of prompts, of their beams."""
         held = next((layer.keys for layer in self.layers if getattr(layer, "keys", None) is not None), None)
         batch = None if held is None else held.shape[0]
-        if isinstance(self._prompt_lengths, Tensor) and self._prompt_lengths.numel() == batch:
-            self._prompt_lengths = change(self._prompt_lengths.reshape(-1))
-        if self.first is not None and self.first.numel() == batch:
-            self._pads.set(change(self.first))
+        if batch is not None and isinstance(self._prompt_lengths, Tensor) and self._prompt_lengths.numel() > 1:
+            lengths = each_sequence(self._prompt_lengths.reshape(-1), batch, "prompt lengths")
+            self._prompt_lengths = change(lengths)
+        if batch is not None and self.first is not None and self.first.numel() > 1:
+            self._pads.set(change(each_sequence(self.first, batch, "first columns")))
 
     def _refuse_if_fixed(self, verb: str) -> None:
         if self.max_length is not None:

@@ -22,8 +22,8 @@ def decode_rows_of(labels: Tensor, attention_mask: Tensor | None = None, positio
     """The decode rows of training samples: the tokens that have a label, in samples that begin with a prompt.
 
     A sample (in a packed row: a document) has a prompt if its first two tokens have no label. One that is labelled
-    from its start is plain text, whose rows all slide. (The first label alone says nothing: collators that pack
-    documents remove it from plain text as well.)
+    from its start is plain text, whose rows all count as prompt. (The first label alone says nothing: collators that
+    pack documents remove it from plain text as well.)
 
     Args:
         labels: `[batch, len]`, -100 for tokens that are not to be predicted.
@@ -59,7 +59,7 @@ def told_by_labels(given: dict[str, Any], virtual_tokens: int = 0) -> dict[str, 
     labels, padding, lengths = given["labels"], given.get("attention_mask"), given.get("prompt_lengths")
     if labels.dim() != 2 or (padding is not None and (not isinstance(padding, Tensor) or padding.dim() != 2)):
         return given
-    cache = next((given[name] for name in (CACHE, "past_key_values") if given.get(name) is not None), None)
+    cache = cache_in(given)
     if cache is None:
         # A cache has no use here, and transformers takes packed rows for one text where there is one.
         given = {"use_cache": False} | given
@@ -90,6 +90,11 @@ _WAY_OUT = (
 )
 
 
+def cache_in(given: dict[str, Any]) -> Any:
+    """The cache among the arguments of a forward, None if there is none."""
+    return next((given[name] for name in (CACHE, "past_key_values") if given.get(name) is not None), None)
+
+
 def packed_positions(given: dict[str, Any]) -> Tensor | None:
     """The position ids of a forward that may be those of packed rows, `[batch | 1, len]`.
 
@@ -98,7 +103,7 @@ def packed_positions(given: dict[str, Any]) -> Tensor | None:
     positions = given.get("position_ids")
     if given.get("attention_mask") is not None or not isinstance(positions, Tensor) or positions.dim() != 2:
         return None
-    return positions if given.get(CACHE) is None and given.get("past_key_values") is None else None
+    return positions if cache_in(given) is None else None
 
 
 def _refuse_continued(labels: Tensor, padding: Tensor | None, decode_rows: Tensor) -> None:

@@ -18,6 +18,7 @@ from transformers import AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import causal_mask_function
 
 from ..algebra import Mask, describe
+from ..config import SWAAConfig
 from ..errors import ConfigError, MaskError, UnsupportedModelError
 from ..layer_mask import QueryRows, document_starts, each_sequence, has_several_documents, layer_mask
 from ..masks import everything, from_mask_mod, kv_positions, offset, sequence_ends, sinks_and_tail
@@ -90,11 +91,13 @@ def make_forward_mask(
     return ForwardMask(
         Forward(
             config=config,
+            recipe=swaa_of(config),
             batch=batch_size,
             q_len=q_length,
             kv_len=kv_length,
             q_offset=q_offset,
-            kv_offset=int(kv_offset) if eager else kv_offset,
+            # As a plain number, also in graphs, where that of a SWAACache is always 0.
+            kv_offset=int(kv_offset) if eager else 0 if cache is not None else kv_offset,
             native=native,
             mask_function=mask_function,
             ends=ends,
@@ -114,6 +117,7 @@ class Forward:
 
     Attributes:
         config: of the text model.
+        recipe: what the model ran when the forward began, which a recomputation of its layers runs too.
         batch: sequences.
         q_len: query rows.
         kv_len: keys, those that a layer of this type holds included.
@@ -132,6 +136,7 @@ class Forward:
     """
 
     config: PreTrainedConfig
+    recipe: SWAAConfig
     batch: int
     q_len: int
     kv_len: int
@@ -246,7 +251,7 @@ class ForwardMask(BlockMask):
 
     def _slides(self) -> bool:
         """Whether it makes a difference to some layer which rows are decode rows."""
-        window = swaa_of(self.forward.config).sliding_window
+        window = self.forward.recipe.sliding_window
         return window is not None and window < self.forward.kv_len and not all(k.full for k in self._kinds())
 
     def _kinds(self) -> Any:
@@ -283,7 +288,8 @@ class ForwardMask(BlockMask):
         """
         forward = self.forward
         kind = self._kinds()[layer]
-        variant = (kind, needs_grad)
+        # What a graph has left is not for a layer outside of it, when layers are compiled one by one.
+        variant = (kind, needs_grad, is_tracing())
         if variant not in self.plans:
             if source is None and key.shape[2] != forward.kv_len:
                 raise MaskError(
@@ -301,7 +307,7 @@ class ForwardMask(BlockMask):
                 heads=query.shape[1],
                 device=forward.device,
                 dtype=query.dtype,
-                backend=swaa_of(forward.config).backend,
+                backend=forward.recipe.backend,
                 q_offset=forward.q_offset,
                 needs_grad=needs_grad,
                 head_dim=query.shape[-1],
@@ -320,7 +326,7 @@ class ForwardMask(BlockMask):
         module: nn.Module | None = None,
     ) -> Mask:
         """What the rows of a layer see, at columns of the cache; `kv_len` keys, otherwise see `plan_for`."""
-        forward, config, kind = self.forward, swaa_of(self.forward.config), self._kinds()[layer]
+        forward, kind = self.forward, self._kinds()[layer]
         first, stop = self._ends(source)
         tail = self._tail(info)
         if not kind.full and source is not None and source.too_late_for(tail):
@@ -346,7 +352,7 @@ class ForwardMask(BlockMask):
             self._warn_of_unknown_prompts(module, tail)
         native = forward.native.mask
         unknown = native is None or (forward.native.is_packed and rows.document_ids is None)
-        mask = layer_mask(config, kind, rows, everything() if unknown else native)
+        mask = layer_mask(forward.recipe, kind, rows, everything() if unknown else native)
         if unknown:
             mask = mask & from_mask_mod(forward.mask_function)
         if source is not None and source.ring:
@@ -382,7 +388,7 @@ class ForwardMask(BlockMask):
 
     def _tail(self, info: PromptInfo) -> int:
         """The dense rows at the end of each prompt: those of the surrounding `prompt`, else of the recipe."""
-        return swaa_of(self.forward.config).dense_tail if info.dense_tail is None else info.dense_tail
+        return self.forward.recipe.dense_tail if info.dense_tail is None else info.dense_tail
 
     def _has_prompt_rows(self, info: PromptInfo) -> bool:
         """Whether rows of a prompt may be among those of this forward, as far as can be said without waiting."""
@@ -454,7 +460,8 @@ class ForwardMask(BlockMask):
         if position_ids is None or position_ids.dim() != 2 or forward.q_len != forward.kv_len:
             return
         # Positions of left pads, which a padding mask or a SWAACache knows of, are all the same too.
-        if forward.ends is not None or forward.cache is not None or "one text" in self.memo or is_tracing():
+        knows_pads = forward.ends is not None or (forward.cache is not None and forward.cache.first is not None)
+        if knows_pads or "one text" in self.memo or is_tracing():
             return
         if forward.device.type != "cpu" and not torch.is_grad_enabled():
             return  # looking would make the host wait, which a prompt is not worth

@@ -91,7 +91,7 @@ def _checked(
     ):
         raise MaskError(f"decode_rows: expected bool [batch, q_len], got {describe(decode_rows)}")
     if lengths is None:
-        return None, decode_rows
+        return None, None if decode_rows is None else _own(decode_rows)
     if not isinstance(lengths, Tensor):
         several = isinstance(lengths, Iterable) and not isinstance(lengths, str)
         numbers = [_whole(length) for length in (lengths if several else [lengths])]  # type: ignore[union-attr]
@@ -102,7 +102,12 @@ def _checked(
         raise MaskError(f"prompt lengths: expected ints [batch], got {lengths.dtype} of shape {list(lengths.shape)}")
     if lengths.device.type == "cpu" and not is_tracing() and bool((lengths < 0).any()):
         raise MaskError(f"prompt lengths: expected numbers of tokens, got {lengths.tolist()}")
-    return lengths, None
+    return _own(lengths), None
+
+
+def _own(given: Tensor) -> Tensor:
+    """A copy of a caller's tensor, who may go on to write to it."""
+    return given if is_tracing() else given.clone()
 
 
 def _whole(length: Any) -> int:

@@ -53,11 +53,11 @@ class PromptChunk:
         self.dispatch = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
     def __enter__(self) -> PromptChunk:
-        surroundings.chunk = self
+        self.before, surroundings.chunk = surroundings.chunk, self
         return self
 
     def __exit__(self, *error: object) -> None:
-        surroundings.chunk = None
+        surroundings.chunk = self.before
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, layer: int, **options: Any) -> Tensor:
         """Attention of a layer, `[batch, q_len, heads, head_dim]`."""

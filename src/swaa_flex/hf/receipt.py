@@ -37,7 +37,7 @@ class Receipt:
         Raises:
             UnsupportedModelError: says what to do instead.
         """
-        if is_told and not self.is_signed:
+        if (is_told or rows_are_packed) and not self.is_signed:
             raise UnsupportedModelError(
                 f"model type {config.model_type!r} does not hand keywords on to attention, so neither prompt_lengths= "
                 "and decode_rows= nor labels say where prompts end; put `with swaa_flex.prompt(...)` around the "
