@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
+is_tracing = torch.compiler.is_compiling
+"""Whether this code is being traced into a graph, by torch.compile or torch.export.
 
-def is_tracing() -> bool:
-    """Whether this code is being traced into a graph, by torch.compile or torch.export.
-
-    `torch.compiler.is_compiling` says yes to all threads of a process while one of them compiles (torch 2.13 to 2.15),
-    so that a forward of another thread would be taken for one that is traced.
-    """
-    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+Torch's own function, not one around it: where torch.compile gives up on a function it compiles what that calls, and
+ours would say yes there. While one thread compiles it says yes to all threads (torch 2.13 to 2.15; docs/limits.md).
+"""

@@ -186,7 +186,9 @@ class ForwardMask(BlockMask):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """`(batch, 1, q_len, kv_len)`."""
+        """`(batch, 1, q_len, kv_len)`. A model that is handed the mask looks at it, a layer does not."""
+        if is_tracing() and self.forward.last_layer is not None:
+            self.memo["in model"] = True
         return self.forward.batch, 1, self.forward.q_len, self.forward.kv_len
 
     def __repr__(self) -> str:
@@ -380,9 +382,11 @@ class ForwardMask(BlockMask):
         """In a graph, drops what was made for it in a mask from outside, after the last layer that gets the mask.
 
         `generate` makes masks outside of compiled forwards. What a graph leaves in objects from outside, torch.compile
-        has to put together again after the graph, which it cannot do for a plan.
+        has to put together again after the graph, which it cannot do for a plan. The graph of a single layer ends with
+        it.
         """
-        if is_tracing() and layer == self.forward.last_layer:
+        last = self.forward.last_layer
+        if is_tracing() and last is not None and (layer == last or "in model" not in self.memo):
             self.plans.clear()
             self.memo.clear()
 
