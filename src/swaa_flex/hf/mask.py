@@ -406,13 +406,17 @@ class ForwardMask(BlockMask):
         """Whether more rows of a prompt may come after this forward."""
         forward = self.forward
         if info.lengths is not None:
-            lengths = torch.as_tensor(info.lengths, device=forward.device).reshape(-1)
-            lengths = each_sequence(lengths, forward.batch, "prompt lengths")
-            ends = lengths if first is None else first + lengths
-            return bool((ends > forward.q_offset + forward.q_len).any())
+            return bool((self._prompt_ends(info.lengths, first) > forward.q_offset + forward.q_len).any())
         if info.decode_rows is not None:
             return not bool(info.decode_rows[:, -1].all())
         return forward.q_len > 1
+
+    def _prompt_ends(self, lengths: int | Tensor, first: Tensor | None) -> Tensor:
+        """Column behind the prompt of each sequence, `[batch]` or `[1]`."""
+        forward = self.forward
+        each = torch.as_tensor(lengths, device=forward.device).reshape(-1)
+        each = each_sequence(each, forward.batch, "prompt lengths")
+        return each if first is None else first + each
 
     def _decoding(self, info: PromptInfo, tail: int, first: Tensor | None) -> bool:
         """Whether no row of a prompt is to come that sees more than sinks and window: all sequences are decoding."""
@@ -431,9 +435,7 @@ class ForwardMask(BlockMask):
                 begun: Tensor | bool = info.decode_rows.any(-1).all()
             else:
                 assert info.lengths is not None
-                lengths = torch.as_tensor(info.lengths, device=forward.device).reshape(-1)
-                lengths = each_sequence(lengths, forward.batch, "prompt lengths")
-                begun = (lengths if first is None else first + lengths) < end
+                begun = self._prompt_ends(info.lengths, first) < end
                 if forward.ends is not None:
                     begun = begun & (forward.ends[1] > 0)  # else nothing but pads so far
                 begun = begun.all()
