@@ -98,8 +98,11 @@ def test_beams(model):
             assert torch.equal(model.generate(**kwargs, past_key_values=cache), expected)
 
 
-@pytest.mark.parametrize(("chunk", "who_knows"), [(10, "cache"), (7, "prompt")])
-@pytest.mark.parametrize("pads", [0, 13])
+@pytest.mark.parametrize(
+    ("chunk", "who_knows", "pads"),
+    [(10, "cache", 13), (7, "prompt", 0)]
+    + [pytest.param(*more, marks=pytest.mark.slow) for more in [(10, "cache", 0), (7, "prompt", 13)]],
+)
 def test_chunked_prefill(model, chunk, who_knows, pads):
     inputs = batch(LENGTH, pads) if pads else prompt()
     lengths = [LENGTH - pads, LENGTH] if pads else [LENGTH]
@@ -138,8 +141,10 @@ def test_continued(model, pads):
             compare(rest, whole)
 
 
-@pytest.mark.parametrize("pads", [0, 13])
-@pytest.mark.parametrize("user", [4, 20])
+@pytest.mark.parametrize(
+    ("user", "pads"),
+    [(4, 0), (20, 13)] + [pytest.param(*more, marks=pytest.mark.slow) for more in [(4, 13), (20, 0)]],
+)
 def test_a_second_turn(model, pads, user):
     inputs = batch(LENGTH, pads) if pads else prompt()
     mask = inputs["attention_mask"]

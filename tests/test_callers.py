@@ -173,7 +173,7 @@ def test_layers_that_are_compiled_one_by_one_are_right_beyond_the_limit_of_recom
     """torch.compile gives up on the ninth layer, which then runs among layers in graphs."""
     model, tokens = adapted(num_hidden_layers=10), ids()
     with torch.no_grad():
-        for prompt in (None, 15, 9):
+        for prompt in (None, 15):
             with swaa_flex.prompt(prompt):
                 expected = model(tokens, use_cache=False).logits
                 torch._dynamo.reset()

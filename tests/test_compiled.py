@@ -582,6 +582,30 @@ def test_a_forward_that_the_user_compiles_decodes(config, nothing_compiled):
     assert len(graphs) == 1
 
 
+def test_graphs_of_one_recipe_may_be_tried_on_the_cache_of_another(nothing_compiled, monkeypatch):
+    """To say why it compiles again, torch reads every tensor of a graph from the cache that has come instead."""
+    guards, read = torch._dynamo.guards.CheckFunctionManager, []
+    build = guards.__init__
+
+    def build_and_note(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        read.extend(self.guard_manager.no_tensor_aliasing_sources)
+
+    monkeypatch.setattr(guards, "__init__", build_and_note)
+    for full, tail in (((), 5), ((), 0), ((1,), 0), ((0,), 5)):
+        model = make("llama", SWAAConfig(16, 3, full, False, tail), num_hidden_layers=2)
+        cache = SWAACache(model.config, max_length=64)
+        step = torch.compile(model.forward, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            model(torch.randint(3, 99, (2, 40)), past_key_values=cache)
+            step(torch.randint(3, 99, (2, 1)), position_ids=torch.full((2, 1), 40), past_key_values=cache)
+    ways = {source.partition("['past_key_values']")[2] for source in read} - {""}
+    assert {".layers[0].keys", ".layers[1].cumulative_length", "._pads.first"} <= ways
+    other = SWAACache(make("llama", SWAAConfig(16, 3, (0, 1), False, 0), num_hidden_layers=2).config, max_length=64)
+    for way in ways:
+        eval("cache" + way, {"cache": other})
+
+
 def test_a_prompt_with_pads_may_be_compiled_by_the_user_too(nothing_compiled):
     config = SWAAConfig(16, 3, (1,), False, 0)
     model, inputs = make("llama", config, num_hidden_layers=2), batch(40, 13)

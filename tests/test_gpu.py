@@ -404,6 +404,19 @@ def test_a_compiled_model_equals_the_eager_one(dtype, tolerance):
                 torch.testing.assert_close(ours, eager, atol=1e-3, rtol=1e-3)
 
 
+def test_a_compiled_model_learns_from_labels_what_the_eager_one_learns():
+    """Where prompts end is read from the labels in the graph, and the kernels read that."""
+    model = swaa_flex.adapt(tiny("llama", head_dim=16).to("cuda"), CONFIG)
+    ids = torch.randint(3, 99, (2, 320), device="cuda")
+    labels = ids.masked_fill(torch.arange(320, device="cuda") < 200, -100)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        ours, eager = (run(ids, labels=labels).loss for run in (compiled, model))
+        unlabelled = model(ids, labels=ids).logits
+        assert not torch.allclose(model(ids, labels=labels).logits, unlabelled)
+    torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-4)
+
+
 # --- caches and compiled models -------------------------------------------------------------------------------
 
 

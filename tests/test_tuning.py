@@ -481,7 +481,9 @@ def history(folder):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize(("how", "tied"), [("ddp", False), ("fsdp", False), ("fsdp", True)])
+@pytest.mark.parametrize(
+    ("how", "tied"), [("ddp", False), ("fsdp", True), pytest.param("fsdp", False, marks=pytest.mark.slow)]
+)
 def test_two_processes_have_the_losses_of_one(tmp_path, how, tied):
     check_two_processes(tmp_path, how, tied, ACCELERATE_USE_CPU="true")
 

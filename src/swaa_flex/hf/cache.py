@@ -126,6 +126,8 @@ class SWAACache(Cache):
                 layers[index] = SinksAndWindowLayer(*size, pads, hold_prompt=swaa.dense_tail > 0, slack=slack)
             elif 1 < sum(size) < max_length:  # inductor cannot build the decode kernel for a single key (torch 2.11)
                 layers[index] = StaticSinksAndWindowLayer(max_length, *size, pads, hold_prompt=swaa.dense_tail > 0)
+        for layer in layers:
+            layer.pads = pads  # torch tries the guards of one cache's graph on another, whose layers must have it too
         super().__init__(layers=layers, offloading=offloading)
         self.layers: list[Any] = layers
         self._not_updated: set[int] = set()  # layers that the forward under way has not reached
@@ -440,7 +442,8 @@ class SWAACache(Cache):
             )
 
     def _check_shape(self, layer: CacheLayerMixin, key_states: Tensor, layer_idx: int) -> None:
-        ring = getattr(layer, "ring", None)
+        # Graphs look at the keys alone: their guards, tried on a cache whose layer has no ring, would raise in torch.
+        ring = None if is_tracing() else getattr(layer, "ring", None)
         held = layer.keys if ring is None else ring[0]
         if held is None or held.dim() != 4:
             return

@@ -42,8 +42,9 @@ def decode_rows_of(labels: Tensor, attention_mask: Tensor | None = None, positio
     if position_ids is not None:
         begins = begins | document_starts(position_ids)
     start = torch.where(begins, index, 0).cummax(-1).values
-    prompts = unlabelled & F.pad(unlabelled, (0, 1))[:, 1:]
-    return ~unlabelled & prompts.gather(-1, start)
+    second = (start + 1).clamp(max=labels.shape[-1] - 1)
+    begins_with_prompt = unlabelled.gather(-1, start) & unlabelled.gather(-1, second) & (second > start)
+    return ~unlabelled & begins_with_prompt
 
 
 def told_by_labels(given: dict[str, Any], virtual_tokens: int = 0) -> dict[str, Any]:
@@ -81,7 +82,11 @@ def told_by_labels(given: dict[str, Any], virtual_tokens: int = 0) -> dict[str, 
             _refuse_continued(text, padding, decode_rows)
         if given.get("input_ids") is None and text is labels:
             _refuse_embedded(decode_rows)
-    return given | {"decode_rows": F.pad(decode_rows, (labels.shape[1] - text.shape[1], 0))}
+    if text is not labels:
+        # By index: FlexAttention compiles no mask that reads what `F.pad` makes in its graph (see `layer_mask`).
+        column = torch.arange(labels.shape[1], device=labels.device) - virtual_tokens
+        decode_rows = decode_rows[:, column.clamp(min=0)] & (column >= 0)
+    return given | {"decode_rows": decode_rows}
 
 
 _WAY_OUT = (
