@@ -302,6 +302,9 @@ FAMILIES = {
     "mistral": {"sliding_window": 9},
     "gpt_oss": MOE | {"sliding_window": 9},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "biogpt": {},
+    "gpt_bigcode": {"n_embd": 32, "n_head": 2, "n_layer": 4, "n_positions": 64},
+    "persimmon": {},
     "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1},
     "qwen3_next": {
         "num_experts": 4,
@@ -314,12 +317,15 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("recipe", ["full", WINDOW], ids=["full", "window"])
-def test_packed_examples_have_the_losses_of_single_ones_or_are_refused(family, recipe):
+@pytest.mark.parametrize(("recipe", "how"), [("full", "adapt"), (WINDOW, "adapt"), (WINDOW, "load")])
+def test_packed_examples_have_the_losses_of_single_ones_or_are_refused(family, recipe, how):
     config = transformers.AutoConfig.for_model(family, **SIZE | {"eos_token_id": 2} | FAMILIES[family])
     torch.manual_seed(0)
+    if how == "load":
+        config.swaa, config.use_cache = recipe, False
     model = AutoModelForCausalLM.from_config(config).eval()
-    swaa_flex.adapt(model, recipe)
+    if how == "adapt":
+        swaa_flex.adapt(model, recipe)
     examples = [Example(ids(p + a)[0].tolist(), [False] * p + [True] * a) for p, a in ((20, 8), (30, 10))]
 
     def loss(chosen, packing):
@@ -332,9 +338,9 @@ def test_packed_examples_have_the_losses_of_single_ones_or_are_refused(family, r
         packed = loss(examples, True)
     except UnsupportedModelError as error:
         assert "a row of its own" in str(error)
-        assert family in ("gpt_oss", "opt", "qwen3_next", "lfm2")
+        assert family in ("gpt_oss", "opt", "biogpt", "qwen3_next", "lfm2")
         return
-    assert family in ("qwen3", "mistral", "llama4_text")
+    assert family in ("qwen3", "mistral", "llama4_text", "gpt_bigcode", "persimmon")
     assert packed == pytest.approx(single, rel=1e-4)
 
 
@@ -429,3 +435,16 @@ def test_an_encoder_with_a_mask_inside_of_a_model_runs_with_sdpa():
 def test_a_mask_of_another_shape_is_refused(model):
     with pytest.raises(MaskError, match=r"attention_mask: expected \[batch, len\]"):
         model(ids(8), attention_mask=torch.ones(1, 8, 8).tril())
+
+
+@pytest.mark.parametrize("family", ["stablelm", "nemotron"])
+def test_models_that_drop_keywords_say_so_however_their_recipe_came(family):
+    config = transformers.AutoConfig.for_model(family, **SIZE, swaa=WINDOW)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        with swaa_flex.prompt(12):
+            told = model(ids()).logits
+        for keywords in ({"prompt_lengths": 12}, {"decode_rows": torch.arange(24).expand(1, 24) >= 12}):
+            with pytest.raises(UnsupportedModelError, match=f"'{family}' does not hand keywords on"):
+                model(ids(), **keywords)
+        assert not torch.equal(model(ids()).logits, told)

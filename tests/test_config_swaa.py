@@ -289,3 +289,13 @@ def test_an_edit_reaches_both_configs_of_a_composite_model_and_no_copy():
     assert swaa_of(copied) == swaa_of(copied.text_config) == RECIPE
     copied.text_config.swaa["sink_tokens"] = 1
     assert swaa_of(copied).sink_tokens == 1
+
+
+@pytest.mark.parametrize("family", ["falcon", "xlnet", "mamba"])
+def test_a_recipe_for_a_model_that_it_cannot_reach_is_refused_with_the_model_named(family):
+    with pytest.raises(UnsupportedModelError, match=f"'{family}' does not call attention by name"):
+        AutoConfig.for_model(family, swaa=RECIPE)
+    config = AutoConfig.for_model(family)
+    with pytest.raises(UnsupportedModelError, match=f"'{family}' does not call attention by name"):
+        config.swaa = RECIPE
+    assert config.swaa is None

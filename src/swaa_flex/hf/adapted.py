@@ -10,10 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..layer_mask import has_several_documents
 from ..tracing import is_tracing
 from .cache import SWAACache
-from .labels import cache_in, packed_positions, told_by_labels
+from .labels import cache_in, told_by_labels
 from .receipt import Receipt
 
 
@@ -85,21 +84,21 @@ def _new(plain: Any) -> Any:
 
 
 def _checked(forward: Callable[..., Any], config: PreTrainedConfig, given: dict[str, Any]) -> Any:
-    """Calls the forward of a model, and refuses its answer if what it was told has not arrived.
+    """Calls the forward of a model; a graph for which prompt lengths do not arrive is refused while it is traced.
+
+    Outside of graphs attention finds out by itself (`callers.refuse_lost_lengths`).
 
     Args:
         forward: that of the model's own class.
         config: of the model.
         given: its arguments by name.
     """
-    positions = packed_positions(given)
-    is_packed = positions is not None and not is_tracing() and has_several_documents(positions)
     is_told = given.get("prompt_lengths") is not None or given.get("decode_rows") is not None
-    if not is_told and not is_packed:
+    if not is_told or not is_tracing():
         return _called(forward, given)
     receipt = given.get("swaa_receipt") or Receipt()
-    out = _called(forward, given | {"swaa_receipt": receipt})
-    receipt.check(config, is_told, is_packed)
+    out = forward(**given, swaa_receipt=receipt)
+    receipt.check(config)
     return out
 
 

@@ -100,7 +100,7 @@ def attention_forward(
         raise UnsupportedModelError(f"{type(module).__name__} does not say which layer it is (layer_idx)")
     mask = attention_mask.to(query.device)
     if swaa_receipt is not None:
-        swaa_receipt.sign(mask.forward.native.is_packed)
+        swaa_receipt.is_signed = True
     source = mask.stored(layer, key)
     info = mask.prompt_info(prompt_lengths, decode_rows)
     if outside_graph:

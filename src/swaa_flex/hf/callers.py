@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from ..layer_mask import has_several_documents
+from .labels import cache_in, packed_positions
 from .surroundings import PromptInfo
 
 
@@ -83,11 +86,74 @@ def refuse_unknown_prompts(caller: Caller, surrounding: PromptInfo, is_told: boo
         )
 
 
+def refuse_lost_lengths(config: PreTrainedConfig) -> None:
+    """Refuses attention that was not told where prompts end though a forward that calls it was.
+
+    Args:
+        config: of the text model.
+
+    Raises:
+        UnsupportedModelError: says what to do instead.
+    """
+    if any(given.get(name) is not None for given in _forwards(config) for name in ("prompt_lengths", "decode_rows")):
+        raise UnsupportedModelError(keywords_are_dropped(config))
+
+
+def keywords_are_dropped(config: PreTrainedConfig) -> str:
+    """The message for models whose layers do not get the keywords of the forward."""
+    return (
+        f"model type {config.model_type!r} does not hand keywords on to attention, so neither prompt_lengths= and "
+        "decode_rows= nor labels say where prompts end; put `with swaa_flex.prompt(...)` around the forward"
+    )
+
+
+def refuse_lost_documents(config: PreTrainedConfig) -> None:
+    """Refuses to make a mask for one text where a forward that calls was given several packed documents.
+
+    Args:
+        config: of the text model.
+
+    Raises:
+        UnsupportedModelError: says what to do instead.
+    """
+    forwards = [*_forwards(config)]
+    given = next((each for each in reversed(forwards) if "position_ids" in each), None)
+    positions = None if given is None else packed_positions(given)
+    if positions is not None and has_several_documents(positions):
+        if any(cache_in(each) is not None for each in forwards):
+            raise UnsupportedModelError(
+                "position_ids of packed documents, beside a cache, with which transformers takes rows for one text "
+                "each: pass use_cache=False to the forward"
+            )
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} makes its mask without position_ids, so packed documents would see "
+            "each other; give each document a row of its own"
+        )
+
+
+def _forwards(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
+    """What the forwards of a text model, and of the models around it, were given that are under way: inner ones first.
+
+    Not every model hands keywords and positions on to its layers and masks, which only its callers can know.
+    """
+    for frame in _callers():
+        if frame.f_code.co_name == "forward":
+            given = frame.f_locals
+            model = given.get("self")
+            if isinstance(model, PreTrainedModel) and model.config.get_text_config() is config:
+                yield given | given.get("kwargs", {})
+
+
 def _is_generating_without_cache() -> bool:
     """Whether `generate` of transformers is among the callers and has no cache: it tells nobody that it calls."""
     generate = inspect.unwrap(GenerationMixin.generate).__code__
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not generate:
-        frame = frame.f_back
+    found = next((frame for frame in _callers() if frame.f_code is generate), None)
     # transformers 5.17 to 5.24: the configuration with all that the keywords of generate have set in it.
-    return frame is not None and frame.f_locals["generation_config"].use_cache is False
+    return found is not None and found.f_locals["generation_config"].use_cache is False
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

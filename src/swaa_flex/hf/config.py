@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from .. import recipes
 from ..config import LayerKind, SWAAConfig
 from ..errors import ConfigError
+from .native import refuse_without_interface
 
 RECIPE_VARIABLE = "SWAA_FLEX_RECIPE"
 """The environment variable that replaces the default recipe; `swaa-flex run --swaa` sets it."""
@@ -117,6 +118,8 @@ class SWAAAttribute:
     def __set__(self, config: PreTrainedConfig, value: str | SWAAConfig | dict[str, Any] | None) -> None:
         text = config.get_text_config()
         before = text.__dict__.get("swaa")
+        if value is not None and text._attn_implementation in (None, "swaa_flex"):
+            refuse_without_interface(type(text))
         set_recipe(config, value)
         stored = config.swaa
         if stored is None:

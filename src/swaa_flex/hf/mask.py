@@ -26,7 +26,7 @@ from ..plan import AttentionPlan, plan
 from ..tracing import is_tracing
 from .cache import Stored, SWAACache, cache_behind
 from .cache_layers import ring_columns
-from .callers import Caller, find_caller, refuse_unknown_prompts
+from .callers import Caller, find_caller, refuse_lost_documents, refuse_lost_lengths, refuse_unknown_prompts
 from .config import layer_kinds, swaa_of
 from .native import Native, has_recurrent_layers, read_native, refuse_without_interface
 from .prompt import overruled
@@ -86,6 +86,8 @@ def make_forward_mask(
             f"model type {config.model_type!r} has recurrent layers, whose state goes from one packed document to the "
             "next; give each document a row of its own"
         )
+    if eager and is_whole and not native.is_packed:
+        refuse_lost_documents(config)
     if eager and cache is not None:
         cache.begin_forward(None if ends is None else ends[0])
     return ForwardMask(
@@ -242,6 +244,8 @@ class ForwardMask(BlockMask):
             forward = self.forward
             info = overruled(forward.prompt, lengths, decode_rows)
             is_told = lengths is not None or decode_rows is not None
+            if not is_told and not is_tracing() and self._slides():
+                refuse_lost_lengths(forward.config)
             if not info.says_where and forward.cache is not None:
                 info = overruled(info, forward.cache.prompt_lengths, None)
                 is_told = info.says_where

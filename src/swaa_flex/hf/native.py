@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -92,14 +94,28 @@ def has_recurrent_layers(config: PreTrainedConfig) -> bool:
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
+@functools.cache
+def _calls_attention_by_name(configuration: str) -> bool:
+    """Whether the modeling file beside a configuration's does; it is read, as it may not have been imported yet."""
+    package, _, name = configuration.rpartition(".")
+    if not name.startswith("configuration_"):
+        return True  # unknown: of a user's own module
+    try:
+        spec = importlib.util.find_spec(f"{package}.{name.replace('configuration_', 'modeling_')}")
+    except ImportError:
+        spec = None
+    if spec is None or spec.origin is None:
+        return True
+    return "ALL_ATTENTION_FUNCTIONS" in Path(spec.origin).read_text(encoding="utf-8")
+
+
 def refuse_without_interface(config_class: type) -> None:
     """Refuses a model whose code does not call attention functions by name: it would run full attention.
 
     Raises:
         UnsupportedModelError: if the modeling file beside the config's does not use the attention interface.
     """
-    modeling = sys.modules.get(config_class.__module__.replace("configuration_", "modeling_"))
-    if modeling is not None and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+    if not _calls_attention_by_name(config_class.__module__):
         raise UnsupportedModelError(
             f"model type {getattr(config_class, 'model_type', '')!r} does not call attention by name "
             "through transformers' AttentionInterface, so swaa_flex cannot change it; use another model, or "
