@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from processes import leave
-from test_models import batch
+from tiny_models import batch
 from transformers import AutoModelForCausalLM
 
 from swaa_flex import SWAACache, SWAAConfig

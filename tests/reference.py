@@ -74,6 +74,15 @@ AttentionInterface.register("swaa_reference", Reference.attention)
 AttentionMaskInterface.register("swaa_reference", Reference.mask)
 
 
+def under_reference(model, config, call, prompt_lengths=None):
+    Reference.config, Reference.prompt_lengths = config, prompt_lengths
+    model.set_attn_implementation("swaa_reference")
+    try:
+        return call()
+    finally:
+        model.set_attn_implementation("swaa_flex")
+
+
 class Truth(Reference):
     """One dense forward over a finished conversation, told which columns are answers."""
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_models import tiny
+from tiny_models import tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swaa_flex

@@ -4,10 +4,9 @@ import copy
 import dataclasses
 
 import pytest
-import test_models
 import torch
-from reference import Truth
-from test_models import batch, tiny, under_reference
+from reference import Truth, under_reference
+from tiny_models import FAMILIES, SIZE, batch, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import swaa_flex
@@ -316,7 +315,7 @@ WIDENED = {  # by what comes between the cache and attention
 @pytest.mark.parametrize("dense_tail", [0, 4])
 @pytest.mark.parametrize("family", WIDENED)
 def test_keys_that_are_widened_for_attention_are_kept_and_released(family, dense_tail, monkeypatch):
-    monkeypatch.setitem(test_models.FAMILIES, family, WIDENED[family])
+    monkeypatch.setitem(FAMILIES, family, WIDENED[family])
     model = tiny(family)
     model.config.swaa = dataclasses.replace(RELEASING, dense_tail=dense_tail)
     inputs = batch()
@@ -552,7 +551,7 @@ def test_a_model_is_no_configuration():
 
 @torch.no_grad()
 def test_recurrent_layers_are_counted_and_not_compiled():
-    shape = {name: test_models.SIZE[name] for name in test_models.SIZE if name != "head_dim"}
+    shape = {name: SIZE[name] for name in SIZE if name != "head_dim"}
     config = AutoConfig.for_model("lfm2", **shape, layer_types=["conv", "full_attention"] * 2)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="swaa_flex").eval()
     model.config.swaa = SWAAConfig(WINDOW, SINKS, (), False, 0)

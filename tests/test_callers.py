@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 import transformers
-from test_models import SIZE, tiny
+from tiny_models import SIZE, tiny
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM

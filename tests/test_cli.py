@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import visible_pairs
+from conftest import invoke, visible_pairs
 from typer.testing import CliRunner
 
 import swaa_flex_doctor
@@ -17,11 +16,6 @@ from swaa_flex import MaskError, __version__, recipes, viz
 from swaa_flex.cli import app, expression, main, show
 from swaa_flex.config import SWAAConfig
 from swaa_flex.masks import causal, everything, offset, rows_from, sinks, window
-
-
-def run(line, **env):
-    return CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", **env}).invoke(app, shlex.split(line))
-
 
 # --- expressions -------------------------------------------------------------------------------------------
 
@@ -147,7 +141,7 @@ def test_an_absurd_expression_is_refused(text):
 
 
 def test_show_prints_the_picture():
-    result = run("show 'causal & (window(64) | sinks(8))' --len 256")
+    result = invoke("show 'causal & (window(64) | sinks(8))' --len 256")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0] == "causal & (window(64) | sinks(8))"
@@ -158,17 +152,17 @@ def test_show_prints_the_picture():
 
 
 def test_show_takes_lengths_and_block_size():
-    result = run("show 'offset(causal, q=96)' --len 32 --kv-len 128 --block-size 32")
+    result = invoke("show 'offset(causal, q=96)' --len 32 --kv-len 128 --block-size 32")
     assert "of 4,096\nblocks of 32 × 32\n" in result.stdout
     assert re.search(r"full +3 \(.*\n.*partial +1 \(.*\n.*skipped +0 \(", result.stdout)
 
 
 def test_length_is_256_unless_given():
-    assert "of 65,536" in run("show causal").stdout
+    assert "of 65,536" in invoke("show causal").stdout
 
 
 def test_show_takes_a_recipe():
-    result = run("show balanced --len 20000")
+    result = invoke("show balanced --len 20000")
     assert result.exit_code == 0
     assert result.stdout.startswith("balanced: causal & (window(4096) | sinks(128) | rows_from(19936))\n")
     assert "of 400,000,000" in result.stdout
@@ -176,7 +170,7 @@ def test_show_takes_a_recipe():
 
 @pytest.mark.parametrize(("name", "length"), [("full", 256), ("naive", 8192), ("quality", 32_768)])
 def test_a_recipe_is_shown_at_four_windows_unless_a_length_is_given(name, length):
-    assert f"of {length**2:,}" in run(f"show {name}").stdout
+    assert f"of {length**2:,}" in invoke(f"show {name}").stdout
 
 
 @pytest.mark.parametrize("length", [1, 50, 200])
@@ -200,7 +194,7 @@ def test_the_mask_of_a_recipe_is_its_definition(config, length):
 
 def test_show_writes_a_png(tmp_path):
     path = tmp_path / "mask.png"
-    result = run(f"show causal --len 64 --png {path}")
+    result = invoke(f"show causal --len 64 --png {path}")
     assert result.exit_code == 0
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert result.stdout.endswith(f"wrote {path}\n")  # unbroken, however long
@@ -208,7 +202,7 @@ def test_show_writes_a_png(tmp_path):
 
 def test_png_must_end_in_png(tmp_path):
     path = tmp_path / "mask.svg"
-    result = run(f"show causal --png {path}", COLUMNS="300")
+    result = invoke(f"show causal --png {path}", COLUMNS="300")
     assert result.exit_code == 2
     assert "expected a file name that ends in .png" in result.stderr
     assert not path.exists()
@@ -216,7 +210,7 @@ def test_png_must_end_in_png(tmp_path):
 
 @pytest.mark.parametrize("options", ["--len 0", "--len x", "--kv-len 0", "--block-size 0", "--nonsense"])
 def test_wrong_options_are_a_usage_error(options):
-    result = run(f"show causal {options}")
+    result = invoke(f"show causal {options}")
     assert result.exit_code == 2
     assert "Usage:" in result.stderr
 
@@ -225,7 +219,7 @@ def test_wrong_options_are_a_usage_error(options):
 
 
 def test_an_error_is_one_line_and_the_place(monkeypatch):
-    result = run("show 'causal & windw(64)'")
+    result = invoke("show 'causal & windw(64)'")
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.splitlines()[:3] == [
@@ -244,14 +238,14 @@ def test_the_error_is_red():
 
 @pytest.mark.parametrize("line", ["--debug show nonsense", "show nonsense --debug", "show --debug nonsense"])
 def test_debug_raises_the_error_wherever_it_stands(line):
-    result = run(line)
+    result = invoke(line)
     assert isinstance(result.exception, MaskError)
     assert result.stderr == ""
 
 
 def test_a_missing_extra_is_one_line_with_the_install_command(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = run(f"show causal --png {tmp_path / 'mask.png'}")
+    result = invoke(f"show causal --png {tmp_path / 'mask.png'}")
     assert result.exit_code == 1
     assert result.stderr == "Error: swaa_flex.viz.draw needs matplotlib: pip install 'swaa-flex[plot]'\n"
 
@@ -261,7 +255,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         raise KeyError("bug")
 
     monkeypatch.setattr(viz, "terminal", broken)
-    assert isinstance(run("show causal").exception, KeyError)
+    assert isinstance(invoke("show causal").exception, KeyError)
 
 
 def test_a_closed_pipe_is_not_an_error_of_ours(monkeypatch):
@@ -269,7 +263,7 @@ def test_a_closed_pipe_is_not_an_error_of_ours(monkeypatch):
         raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(viz, "terminal", closed)
-    result = run("show causal")
+    result = invoke("show causal")
     assert result.exit_code == 1
     assert result.stderr == ""
 
@@ -286,38 +280,38 @@ def test_main_exits_with_the_code(monkeypatch, capsys):
 
 
 def test_version():
-    result = run("--version")
+    result = invoke("--version")
     assert (result.exit_code, result.stdout) == (0, f"swaa-flex {__version__}\n")
 
 
 def test_recipes_lists_all_with_their_description():
-    lines = run("recipes").stdout.splitlines()
+    lines = invoke("recipes").stdout.splitlines()
     assert [line.split(maxsplit=1) for line in lines] == [[name, recipes.describe(name)] for name in recipes.names()]
 
 
 def test_no_command_shows_the_help():
-    result = run("")
+    result = invoke("")
     assert all(command in result.output for command in ("show", "doctor", "recipes", "--version", "--debug"))
 
 
 @pytest.mark.parametrize("command", ["", "show", "doctor", "recipes"])
 def test_help_is_laid_out_for_80_columns(command):
-    result = run(f"{command} --help")
+    result = invoke(f"{command} --help")
     assert result.exit_code == 0
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_every_example_in_the_help_of_show_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"^ +swaa-flex (show .*)", run("show --help").stdout, re.MULTILINE)
+    examples = re.findall(r"^ +swaa-flex (show .*)", invoke("show --help").stdout, re.MULTILINE)
     assert len(examples) == 4
     for line in examples:
-        assert run(line).exit_code == 0, line
+        assert invoke(line).exit_code == 0, line
     assert (tmp_path / "balanced.png").stat().st_size > 10_000
 
 
 def test_unknown_command_suggests_the_nearest():
-    result = run("shwo")
+    result = invoke("shwo")
     assert result.exit_code == 2
     assert "show" in result.stderr
 
@@ -345,7 +339,7 @@ def facts(output):
 
 
 def test_doctor_says_what_there_is(no_gpu):
-    result = run("doctor")
+    result = invoke("doctor")
     said = facts(result.stdout)
     assert result.exit_code == 0
     assert said["swaa_flex"] == __version__
@@ -357,7 +351,7 @@ def test_doctor_says_what_there_is(no_gpu):
 
 
 def test_doctor_gives_each_reason_on_one_unbroken_line(no_gpu):
-    said = facts(run("doctor", COLUMNS="40").stdout)
+    said = facts(invoke("doctor", COLUMNS="40").stdout)
     for name in ("flash", "triton"):
         assert said[f"backend {name}"] == "no: it needs a CUDA GPU"
 
@@ -369,12 +363,12 @@ def test_doctor_reports_what_is_not_installed(no_gpu, monkeypatch):
         raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(metadata, "version", version)
-    assert facts(run("doctor").stdout)["transformers"] == "not installed"
-    assert json.loads(run("doctor --json").stdout)["versions"]["transformers"] is None
+    assert facts(invoke("doctor").stdout)["transformers"] == "not installed"
+    assert json.loads(invoke("doctor --json").stdout)["versions"]["transformers"] is None
 
 
 def test_doctor_lists_gpus_and_asks_the_backends_about_them(h200):
-    said = facts(run("doctor").stdout)
+    said = facts(invoke("doctor").stdout)
     assert said["cuda:0"] == said["cuda:1"] == "NVIDIA H200, compute capability 9.0, 140.4 GiB"
     assert "devices" not in said
     assert said["backend triton"] == "available"
@@ -386,14 +380,14 @@ def test_doctor_survives_a_broken_driver(h200, monkeypatch):
         raise RuntimeError("CUDA driver error: unknown error\nsecond line")
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
-    result = run("doctor")
+    result = invoke("doctor")
     assert result.exit_code == 0
     assert facts(result.stdout)["cuda:0"] == "error: CUDA driver error: unknown error"
     assert facts(result.stdout)["backend triton"].startswith("no: ")
 
 
 def test_doctor_as_json(h200):
-    report = json.loads(run("doctor --json").stdout)
+    report = json.loads(invoke("doctor --json").stdout)
     assert list(report) == ["versions", "platform", "devices", "backends"]
     assert report["devices"][0] == {
         "name": "cuda:0",
@@ -408,9 +402,9 @@ def test_doctor_as_json(h200):
 def test_doctor_knows_whether_a_compiler_is_there(no_gpu, monkeypatch):
     from torch._inductor import cpp_builder
 
-    assert facts(run("doctor").stdout)["backend cpp"] == "available"  # the tests that compile take one
+    assert facts(invoke("doctor").stdout)["backend cpp"] == "available"  # the tests that compile take one
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "no-such-compiler")
-    assert facts(run("doctor").stdout)["backend cpp"] == (
+    assert facts(invoke("doctor").stdout)["backend cpp"] == (
         "no: it takes a C++ compiler, and there is none (no no-such-compiler); install g++, or name one in CXX"
     )
 
@@ -418,7 +412,7 @@ def test_doctor_knows_whether_a_compiler_is_there(no_gpu, monkeypatch):
         raise RuntimeError("No working C++ compiler found\nlong explanation")
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
-    assert "there is none (RuntimeError: No working C++ compiler found); install" in run("doctor").stdout
+    assert "there is none (RuntimeError: No working C++ compiler found); install" in invoke("doctor").stdout
 
 
 def test_doctor_survives_a_broken_package_that_a_backend_needs(h200, monkeypatch):
@@ -426,7 +420,7 @@ def test_doctor_survives_a_broken_package_that_a_backend_needs(h200, monkeypatch
         raise OSError("libcutlass.so: cannot open shared object file")
 
     monkeypatch.setattr("swaa_flex.backends.why_not", broken)
-    said = facts(run("doctor").stdout)
+    said = facts(invoke("doctor").stdout)
     assert said["backend flash"] == "no: it cannot be asked (OSError: libcutlass.so: cannot open shared object file)"
 
 

@@ -1,17 +1,11 @@
 """What the commands check before they load a model, and what they say when they are interrupted."""
 
-import shlex
-
 import pytest
-from typer.testing import CliRunner
+from conftest import invoke
 
 from swaa_flex import ConfigError
-from swaa_flex.cli import app, checkpoint, paths
+from swaa_flex.cli import checkpoint, paths
 from swaa_flex.tuning import adapters
-
-
-def run(line):
-    return CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, shlex.split(line))
 
 
 @pytest.fixture
@@ -67,7 +61,7 @@ WRONG = {
 def test_a_wrong_path_is_one_line_with_its_option_before_a_model_is_loaded(line, problem, here, no_loading):
     (here / "folder.png").mkdir()
     before = sorted(here.rglob("*"))
-    result = run(line)
+    result = invoke(line)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.output
     assert result.stderr.startswith(f"Error: {problem}")
     assert sorted(here.rglob("*")) == before
@@ -81,13 +75,13 @@ def test_peft_that_is_missing_is_said_before_a_model_is_loaded(line, here, no_lo
         raise ImportError("fine-tuning takes the package peft: pip install 'swaa-flex[tune]'")
 
     monkeypatch.setattr(adapters, "peft", missing)
-    result = run(line)
+    result = invoke(line)
     assert result.exit_code == 1
     assert result.stderr == "Error: fine-tuning takes the package peft: pip install 'swaa-flex[tune]'\n"
 
 
 def test_folders_are_made_when_they_are_written_to_and_not_before(here):
-    assert run(f"show causal --len 64 --png {here / 'new' / 'mask.png'}").exit_code == 0
+    assert invoke(f"show causal --len 64 --png {here / 'new' / 'mask.png'}").exit_code == 0
     assert (here / "new" / "mask.png").is_file()
     paths.write_folder("--out", here / "a" / "b")
     assert not (here / "a").exists()
@@ -132,13 +126,13 @@ def test_an_interrupted_command_says_whether_it_goes_on_and_exits_with_130(line,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "load", interrupted)
-    result = run(line)
+    result = invoke(line)
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, said)
     monkeypatch.setenv("RANK", "1")
-    assert "Interrupted" not in run(line).stderr
+    assert "Interrupted" not in invoke(line).stderr
 
 
 def test_the_interruption_of_a_program_is_the_programs(here):
     (here / "program.py").write_text("raise KeyboardInterrupt")
-    result = run("run program.py")
+    result = invoke("run program.py")
     assert result.exit_code == 130 and "Interrupted" not in result.stderr

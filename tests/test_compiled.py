@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import counting_backend, visible_pairs
-from test_models import batch, tiny, under_reference
+from reference import under_reference
+from tiny_models import batch, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 import swaa_flex

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import dense_attention
+from tiny_models import SIZE
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
@@ -18,14 +19,6 @@ from swaa_flex.evaluation.runner import _as_measured
 from swaa_flex.hf.adapt import full_attention
 from swaa_flex.hf.config import RECIPE_VARIABLE, swaa_of
 
-SIZE = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=99,
-)
 RECIPE = SWAAConfig(sliding_window=8, sink_tokens=2, full_attention_layers=[1], dense_tail=4)
 IDS = torch.arange(3, 43)[None]
 IDLE = "recipe is idle: swaa="

@@ -3,64 +3,21 @@ import re
 import shlex
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import visible_pairs
+from conftest import invoke, needs_smollm2, visible_pairs
 from rich.console import Console
-from tokenizers import pre_tokenizers
-from typer.testing import CliRunner
+from tiny_models import tiny
+from tiny_tokenizers import passkey_tokenizer
 
 import swaa_flex
 from swaa_flex import SWAAConfig, recipes
-from swaa_flex.cli import app, checkpoint, demo, trial
-from swaa_flex.cli.passkey import FILLER, NEEDLE, QUESTION, found, passkeys
+from swaa_flex.cli import checkpoint, demo, trial
+from swaa_flex.cli.passkey import FILLER, found, passkeys
 from swaa_flex.hf import attention as hf_attention
-
-
-def invoke(line, **env):
-    return CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", **env}).invoke(app, shlex.split(line))
-
-
-def tiny(num_hidden_layers):
-    config = transformers.LlamaConfig(
-        vocab_size=99,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=None,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.15)
-    return model
-
-
-def word_tokenizer():
-    """A token per word of the prompts and per digit, and one for all other words."""
-    words = re.findall(r"[a-zA-Z]+|[^\w\s]", " ".join((*FILLER, NEEDLE, QUESTION)))
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<unk>", *"0123456789", *words]))}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<unk>")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny")
-    tiny(4).save_pretrained(path)
-    word_tokenizer().save_pretrained(path)
-    return path
-
 
 # --- prompts -----------------------------------------------------------------------------------------------
 
@@ -68,7 +25,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("template", [None, "system user {{ messages[0].content }} end assistant"])
 @pytest.mark.parametrize(("tokens", "beyond"), [(400, 128), (900, 512), (901, 1), (2000, 1000)])
 def test_a_passkey_is_out_of_reach_in_a_prompt_as_long_as_asked(tokens, beyond, template):
-    tokenizer = word_tokenizer()
+    tokenizer = passkey_tokenizer()
     tokenizer.chat_template = template
     longest_sentence = max(len(tokenizer(sentence).input_ids) for sentence in FILLER)
     prompts = passkeys(tokenizer, tokens, beyond, 4)
@@ -89,14 +46,14 @@ def test_a_passkey_is_out_of_reach_in_a_prompt_as_long_as_asked(tokens, beyond, 
 
 
 def test_prompts_are_the_same_every_time():
-    first, second = (passkeys(word_tokenizer(), 500, 128, 3) for _ in range(2))
+    first, second = (passkeys(passkey_tokenizer(), 500, 128, 3) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert a.key == b.key
         assert torch.equal(a.input_ids, b.input_ids)
 
 
 def test_the_chat_template_alone_writes_special_tokens():
-    tokenizer = word_tokenizer()
+    tokenizer = passkey_tokenizer()
     plain = passkeys(tokenizer, 500, 128, 1)[0]
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert torch.equal(passkeys(tokenizer, 500, 128, 1)[0].input_ids, plain.input_ids)
@@ -151,7 +108,7 @@ def test_attended_and_needed_shares_are_those_of_the_masks_that_the_model_runs(c
         return swaa_flex.attention(query, key, value, plan, **kwargs)
 
     monkeypatch.setattr(hf_attention, "attention", record)
-    model = swaa_flex.adapt(tiny(LAYERS), config)
+    model = swaa_flex.adapt(tiny("llama", num_hidden_layers=LAYERS), config)
     with torch.no_grad(), swaa_flex.prompt(PROMPT):
         cache = model(torch.randint(99, (1, PROMPT))).past_key_values
         model(torch.randint(99, (1, 1)), past_key_values=cache)
@@ -162,7 +119,7 @@ def test_attended_and_needed_shares_are_those_of_the_masks_that_the_model_runs(c
 
 
 def test_perplexity_is_that_of_the_last_tokens():
-    model, text = tiny(2), torch.randint(99, (1, 50))
+    model, text = tiny("llama", num_hidden_layers=2), torch.randint(99, (1, 50))
     with torch.no_grad():
         losses = F.cross_entropy(model(text).logits[0, :-1].double(), text[0, 1:], reduction="none")
     assert trial.perplexity(model, text, 20) == pytest.approx(losses[-20:].mean().exp().item(), rel=1e-5)
@@ -171,7 +128,7 @@ def test_perplexity_is_that_of_the_last_tokens():
 def test_perplexity_reads_the_scored_tokens_as_generated_ones():
     # The row before the first scored token predicts it and is the last of the prompt, hence the dense tail of 1.
     config = SWAAConfig(sliding_window=4, sink_tokens=0, full_attention_layers=(), dense_tail=1)
-    model, text = tiny(1), torch.randint(99, (1, 50))
+    model, text = tiny("llama", num_hidden_layers=1), torch.randint(99, (1, 50))
     full = trial.perplexity(model, text, 20)
     assert trial.perplexity(swaa_flex.adapt(model, config), text, 20) == pytest.approx(full, rel=1e-5)
     slides = replace(config, full_attention_decode=False)
@@ -180,9 +137,9 @@ def test_perplexity_reads_the_scored_tokens_as_generated_ones():
 
 def test_a_trial_of_full_attention_is_the_models_own_and_equal_to_the_recipe(monkeypatch):
     monkeypatch.setattr(trial, "SCORED", 20)
-    tokenizer, text, steps = word_tokenizer(), torch.randint(40, (1, 60)), []
+    tokenizer, text, steps = passkey_tokenizer(), torch.randint(40, (1, 60)), []
     prompts = passkeys(tokenizer, 200, 40, 2)
-    model = swaa_flex.adapt(tiny(2), "naive")
+    model = swaa_flex.adapt(tiny("llama", num_hidden_layers=2), "naive")
     full = recipes.get("full")
     own = trial.run(model, tokenizer, "full", full, prompts, text, lambda *step: steps.append(step))
     assert model.config._attn_implementation == "sdpa"
@@ -253,9 +210,9 @@ def test_the_verdict_follows_the_measurements():
     assert "the answers say nothing" in demo.verdict([result("full", 0), naive, result("fast", 0)])
 
 
-def test_the_command_on_a_small_model(folder):
+def test_the_command_on_a_small_model(small_llama):
     quiet = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    done = invoke(f"demo --model {folder} --window 8 --tokens 300")
+    done = invoke(f"demo --model {small_llama} --window 8 --tokens 300")
     assert quiet == (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
     assert done.exit_code == 0, done.output
     rows = [line.split()[0] for line in done.stdout.splitlines() if re.search(r" \d/3 ", line)]
@@ -264,7 +221,7 @@ def test_the_command_on_a_small_model(folder):
     assert "\x1b" not in done.output
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
     code = "".join(line.strip() + "\n" for line in done.stdout.splitlines() if line.startswith("    "))
-    scope = {"model": tiny(2)}
+    scope = {"model": tiny("llama", num_hidden_layers=2)}
     exec(code, scope)
     assert scope["model"].config._attn_implementation == "swaa_flex"
 
@@ -305,8 +262,8 @@ def test_prompts_shorter_than_the_windows_are_refused():
     assert "--tokens 500: expected at least 656 with --window 100" in said
 
 
-def test_prompts_longer_than_the_model_goes_are_refused(folder):
-    said = one_red_line(invoke(f"demo --model {folder} --window 8 --tokens 600"))
+def test_prompts_longer_than_the_model_goes_are_refused(small_llama):
+    said = one_red_line(invoke(f"demo --model {small_llama} --window 8 --tokens 600"))
     assert "--tokens 600: expected at most 512" in said
 
 
@@ -334,19 +291,14 @@ def test_without_the_reader_of_gguf_files_the_way_to_it_is_said(monkeypatch, tmp
 
 # --- the real model ----------------------------------------------------------------------------------------
 
-needs_model = pytest.mark.skipif(
-    find_spec(checkpoint.PACKAGE) is None or find_spec("gguf") is None,
-    reason=f"needs the packages {checkpoint.PACKAGE} (--no-deps) and gguf",
-)
 
-
-@needs_model
+@needs_smollm2
 def test_the_model_is_found_without_importing_its_package():
     assert checkpoint.installed().endswith(".gguf")
     assert checkpoint.PACKAGE not in sys.modules
 
 
-@needs_model
+@needs_smollm2
 @pytest.mark.slow
 def test_the_demo_tells_its_story():
     done = invoke("demo")

@@ -2,7 +2,6 @@ import copy
 import datetime
 import json
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -10,70 +9,38 @@ import time
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from conftest import invoke
+from tiny_models import words_model
+from tiny_tokenizers import TEMPLATE, WORDS, words_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import chat_template_utils
-from typer.testing import CliRunner
 
 import swaa_flex
 from swaa_flex import ConfigError
-from swaa_flex.cli import app
 from swaa_flex.tuning import distill as module
 from swaa_flex.tuning.data import Sample, encode, read_samples
 from swaa_flex.tuning.distill import distill
 
-MARKS = ["<pad>", "<user>", "<assistant>", "<end>", "<think>", "</think>"]
-WORDS = ["red", "green", "blue", "one", "two", "three"]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '<end>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>' }}{% if think is defined %}{{ '<think>' }}{% endif %}{% endif %}"
-)
 SETTINGS = {"n": 3, "max_new_tokens": 12, "batch_size": 2, "seed": 5}
-
-
-def words_tokenizer():
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*MARKS, *WORDS])}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(MARKS)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", chat_template=TEMPLATE
-    )
-
-
-def tiny_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(MARKS) + len(WORDS),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=3,
-        bos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_model().save_pretrained(folder)
+    words_model().save_pretrained(folder)
     words_tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def model():
-    return tiny_model()
+    return words_model()
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +330,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_file(folder, tmp_path):
 def left_over(tokenizer, tmp_path_factory):
     """What a run leaves that is interrupted at the third of four batches, and what it would have written."""
     folder = tmp_path_factory.mktemp("interrupted")
-    distill(tiny_model(), tokenizer, questions(), folder / "whole.jsonl", **SETTINGS)
+    distill(words_model(), tokenizer, questions(), folder / "whole.jsonl", **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
         answers, calls = module._answers, []
 
@@ -375,7 +342,7 @@ def left_over(tokenizer, tmp_path_factory):
 
         patch.setattr(module, "_answers", failing)
         with pytest.raises(KeyboardInterrupt):
-            distill(tiny_model(), tokenizer, questions(), folder / "out.jsonl", **SETTINGS)
+            distill(words_model(), tokenizer, questions(), folder / "out.jsonl", **SETTINGS)
     return (folder / "out.jsonl.partial").read_bytes(), (folder / "whole.jsonl").read_bytes()
 
 
@@ -454,7 +421,7 @@ def test_what_is_left_of_a_run_of_another_model_or_data_is_refused(model, tokeni
     out, whole = interrupted
     with pytest.raises(ConfigError, match=r"other settings \(another samples\)"):
         distill(model, tokenizer, questions(6), out, **SETTINGS)
-    trained = tiny_model()
+    trained = words_model()
     torch.nn.init.zeros_(trained.model.layers[1].self_attn.q_proj.weight)
     with pytest.raises(ConfigError, match=r"other settings \(another weights\)"):
         distill(trained, tokenizer, questions(), out, **SETTINGS)
@@ -618,16 +585,12 @@ def test_answers_without_an_end_are_refused(model, tmp_path):
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def run(line):
-    return CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, shlex.split(line))
-
-
 def test_the_command_does_what_the_function_does(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"prompt": sample.messages[0]["content"], "answer": sample.answer}) for sample in questions()]
     bad = ["{", '{"prompt": ""}', *['{"prompt": 1}'] * 5]
     (tmp_path / "data.jsonl").write_text("\n".join([*lines, *bad]))
-    result = run(
+    result = invoke(
         f"distill {folder} data.jsonl out.jsonl --n 3 --max-new-tokens 12 --batch-size 2 --seed 5 --keep 2"
         " --temperature 0.9 --judge none"
     )
@@ -645,23 +608,23 @@ def test_the_command_does_what_the_function_does(folder, tmp_path, monkeypatch):
     assert said[0] == "7 of 14 rows of data.jsonl are left out:"
     assert [line.split(":")[0] for line in said[1:]] == [*(f"  row {row}" for row in range(7, 12)), "  and 2 more"]
 
-    again = run(f"distill {folder} data.jsonl out.jsonl --judge none")
+    again = invoke(f"distill {folder} data.jsonl out.jsonl --judge none")
     assert again.exit_code == 1
     assert "Error: out.jsonl exists; name another file, or have it replaced" in again.stderr
-    assert run(f"distill {folder} data.jsonl out.jsonl --judge none --max-new-tokens 2 --overwrite").exit_code == 0
+    assert invoke(f"distill {folder} data.jsonl out.jsonl --judge none --max-new-tokens 2 --overwrite").exit_code == 0
     assert (tmp_path / "out.jsonl").read_bytes() != (tmp_path / "expected.jsonl").read_bytes()
 
 
 def test_the_command_fails_and_leaves_no_file_if_nothing_is_kept(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text('{"prompt": "red", "answer": "never said"}')
-    result = run(f"distill {folder} data.jsonl out.jsonl --n 1 --max-new-tokens 3")
+    result = invoke(f"distill {folder} data.jsonl out.jsonl --n 1 --max-new-tokens 3")
     assert result.exit_code == 1 and "no answer was kept" in result.stderr
     assert not list(tmp_path.glob("out*"))
 
 
 def test_help_of_the_command_is_laid_out_for_80_columns():
-    result = run("distill --help")
+    result = invoke("distill --help")
     assert result.exit_code == 0
     assert max(map(len, result.stdout.splitlines())) <= 80
     options = re.findall(r"--[a-z-]+", result.stdout)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from generate_in_processes import CACHES, RECIPES, answers
 from processes import PROCESSES, run_in_processes
-from test_models import SIZE, batch, tiny
+from tiny_models import SIZE, batch, tiny
 from transformers import AutoModelForCausalLM
 
 from swaa_flex import SWAACache

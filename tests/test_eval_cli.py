@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import jsonl
 from rich.console import Console
-from test_distill import tiny_model, words_tokenizer
+from tiny_models import words_model
+from tiny_tokenizers import words_tokenizer
 from typer.testing import CliRunner
 
 from swaa_flex import ConfigError, SWAAConfig, adapt, recipes
@@ -36,12 +38,12 @@ def answered(*arguments, **environment):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_model().save_pretrained(folder / "model")
+    words_model().save_pretrained(folder / "model")
     words_tokenizer().save_pretrained(folder / "model")
     (folder / "mine.json").write_text(MINE.to_json())
     (folder / "text.txt").write_text("red green blue one two three two one " * 300)
     rows = [{"prompt": f"red {word} green", "answer": word} for word in ("blue", "one", "two", "three")]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": ""}]))
+    jsonl(folder / "rows.jsonl", *rows, {"prompt": ""})
     return folder
 
 

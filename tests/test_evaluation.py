@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distill import tiny_model, words_tokenizer
-from test_tuning_data import byte_tokenizer
+from conftest import jsonl
+from tiny_models import words_model
+from tiny_tokenizers import byte_tokenizer, words_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import swaa_flex
@@ -65,7 +66,7 @@ class RandomTask:
 
 def decided_model():
     """With weights so large that what a row sees changes what it says."""
-    model = tiny_model()
+    model = words_model()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -202,7 +203,7 @@ def test_the_model_is_as_before(model, tokenizer, tmp_path):
 def test_questions_from_a_file_have_their_own_lengths_up_to_the_largest(model, tokenizer, tmp_path):
     row = {"prompt": "red green blue", "answer": "blue"}
     long = {"prompt": "red " * 30, "answer": "red"}
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [row, long, row]))
+    jsonl(tmp_path / "rows.jsonl", row, long, row)
     tasks = [*get(f"qa:{tmp_path / 'rows.jsonl'}", new_tokens=2), RandomTask("text")]
     found = evaluate(
         model, tokenizer, {"full": "full"}, tasks, [16, 20], count=5, out=tmp_path / "out", progress=False
@@ -527,7 +528,7 @@ def test_prompts_leave_room_for_their_answers(task, length, most, tmp_path, monk
 
 def test_questions_from_a_file_leave_room_for_their_answers(model, tokenizer, tmp_path, monkeypatch, capsys):
     rows = [{"prompt": " ".join(["red"] * words), "answer": "blue"} for words in (3, 2000)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl(tmp_path / "rows.jsonl", *rows)
     ran = watched(monkeypatch)
     task = get(f"qa:{tmp_path / 'rows.jsonl'}")
     summary = evaluate(model, tokenizer, {"full": "full"}, task, [None], count=2, out=tmp_path)
@@ -564,8 +565,7 @@ def test_samples_that_the_model_cannot_be_given_are_named_and_left_out(tokenizer
     size = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=12, eos_token_id=3, bos_token_id=None, **size)).eval()
     prompts = ["red", "blue", "seven", "red " * 11, "green"]
-    rows = "".join(json.dumps({"prompt": prompt, "answer": "red"}) + "\n" for prompt in prompts)
-    (tmp_path / "rows.jsonl").write_text(rows)
+    jsonl(tmp_path / "rows.jsonl", *({"prompt": prompt, "answer": "red"} for prompt in prompts))
     (task,) = get(f"qa:{tmp_path / 'rows.jsonl'}", new_tokens=4)
 
     def measured(name):
@@ -648,6 +648,6 @@ def test_pads_do_not_move_learned_positions():
 def test_full_layers_in_any_notation_are_what_others_are_compared_with(tmp_path):
     configs = {"mine": SWAAConfig(8), "all": SWAAConfig(8, full_attention_layers="0::1")}
     summary = evaluate(
-        tiny_model(), words_tokenizer(), configs, [Perplexity(scored=16)], [64], count=2, out=tmp_path, progress=False
+        words_model(), words_tokenizer(), configs, [Perplexity(scored=16)], [64], count=2, out=tmp_path, progress=False
     )
     assert summary.baseline == "all"

@@ -3,8 +3,8 @@ import re
 from dataclasses import asdict, replace
 
 import pytest
-from test_judges import always_right
-from test_tuning_data import BEGINS, CHANNELS, CHATML, HYBRID, PARTICULAR, byte_tokenizer, chat, jsonl
+from conftest import jsonl
+from tiny_tokenizers import BEGINS, CHANNELS, CHATML, HYBRID, PARTICULAR, byte_tokenizer, chat
 
 from swaa_flex import ConfigError
 from swaa_flex.evaluation.tasks import get, names
@@ -18,6 +18,10 @@ NEEDLES = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery",
 @pytest.fixture(scope="module")
 def tokenizer():
     return byte_tokenizer(CHATML)
+
+
+def always_right(answer, sample):
+    return 1.0
 
 
 def one(name, **options):

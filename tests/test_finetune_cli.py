@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from test_distill import tiny_model, words_tokenizer
+from conftest import jsonl
+from tiny_models import words_model
+from tiny_tokenizers import words_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -25,12 +27,12 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_model().save_pretrained(folder / "model")
+    words_model().save_pretrained(folder / "model")
     words_tokenizer().save_pretrained(folder / "model")
     (folder / "recipe.json").write_text(json.dumps(RECIPE.to_dict()))
     rows = [{"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "blue"}]}] * 8
     rows += [{"prompt": QUESTION, "question": "which", "answer": "blue"}, {"prompt": ""}]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl(folder / "train.jsonl", *rows)
     return folder
 
 
@@ -103,7 +105,7 @@ def test_rows_that_are_too_long_are_named_by_their_place_in_the_file(folder, tmp
         {"prompt": f"{QUESTION} {QUESTION}", "answer": "blue"},
         {"prompt": "red", "answer": "blue"},
     ]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl(tmp_path / "data.jsonl", *rows)
     recipe = ("--recipe", folder / "recipe.json", "--max-steps", 1)
     done = run("finetune", folder / "model", tmp_path / "data.jsonl", tmp_path / "run", *recipe, "--max-length", 12)
     assert done.exit_code == 0 and "row 0: " in done.output, done.output

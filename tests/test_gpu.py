@@ -7,12 +7,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import dense_attention, visible_pairs
-from test_hf import CONFIG
-from test_models import batch, tiny
-from test_training import ARRANGED, gradients, loss_of, sample
-from test_tuning import check_two_processes
+from labelled import ARRANGED, gradients, loss_of, sample
+from tiny_models import batch, tiny
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM
+from tune_in_processes import check_two_processes
 
 import swaa_flex
 from swaa_flex import SWAACache, SWAAConfig, attention
@@ -38,6 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TensorFloat32"),
 ]
 
+CONFIG = SWAAConfig(sliding_window=16, sink_tokens=2, full_attention_layers=[1], dense_tail=4)
 LENGTH = 700
 CUDA = torch.device("cuda")
 ASKED = Inputs(q_len=LENGTH, kv_len=LENGTH, device=CUDA, dtype=torch.bfloat16, head_dim=64)
@@ -576,4 +576,5 @@ def test_training_on_the_gpu_has_the_losses_and_gradients_of_the_cpu(backend, dt
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("how", ["ddp", *["fsdp"] * 4])  # what goes wrong between streams does so now and then
 def test_training_on_two_gpus_has_the_losses_of_one(tmp_path, how):
+    pytest.importorskip("peft")
     check_two_processes(tmp_path, how, CUDA_VISIBLE_DEVICES="0,1")

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 from conftest import counting_backend
-from reference import Reference
-from test_models import SIZE, batch, tiny, under_reference
+from reference import Reference, under_reference
+from tiny_models import SIZE, batch, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from test_distill import tiny_model, words_tokenizer
+from tiny_models import words_model
+from tiny_tokenizers import words_tokenizer
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -40,7 +41,7 @@ EDITS = {
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_every_change_of_weights_is_seen(edit, chunk, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", chunk)
-    model = tiny_model()
+    model = words_model()
     with torch.no_grad():
         model.lm_head.weight[7, 3] = 0.0
     model.model.register_buffer("extra", torch.zeros(3))
@@ -65,7 +66,7 @@ def test_each_expert_and_each_row_is_seen():
 
 
 def test_what_a_model_computes_anew_and_how_its_weights_lie_do_not_count():
-    model = tiny_model()
+    model = words_model()
     before = identity(model)
     model.model.register_buffer("scratch", torch.rand(3), persistent=False)
     head = model.lm_head.weight
@@ -76,18 +77,18 @@ def test_what_a_model_computes_anew_and_how_its_weights_lie_do_not_count():
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_weights_that_accelerate_keeps_elsewhere_are_read(where, tmp_path):
-    expected = weights(tiny_model())
+    expected = weights(words_model())
 
     def offloaded(model, name):
         if where == "memory":
             return cpu_offload(model, execution_device=torch.device("cpu"))
         return disk_offload(model, tmp_path / name, execution_device=torch.device("cpu"))
 
-    model = offloaded(tiny_model(), "a")
+    model = offloaded(words_model(), "a")
     assert model.lm_head.weight.device.type == "meta"
     assert weights(model) == expected
     assert model.lm_head.weight.device.type == "meta"
-    other = tiny_model()
+    other = words_model()
     with torch.no_grad():
         other.lm_head.weight[3].neg_()
     assert weights(offloaded(other, "b")) != expected
@@ -115,7 +116,7 @@ class Halves(torch.Tensor):
 
 def test_tensors_that_are_made_of_others_are_read():
     def model(low):
-        made = tiny_model()
+        made = words_model()
         made.lm_head.weight = torch.nn.Parameter(Halves(torch.ones(12, 16), low), requires_grad=False)
         return made
 

@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_models import tiny
-from test_tuning_data import CHATML, HYBRID, byte_tokenizer
+from tiny_models import tiny
+from tiny_tokenizers import CHATML, HYBRID, byte_tokenizer
 
 import swaa_flex
 from swaa_flex import ConfigError

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from test_demo import tiny, word_tokenizer
+from tiny_tokenizers import passkey_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -23,14 +23,6 @@ def run(*arguments):
     return runner.invoke(app, ["layers", *map(str, arguments)])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny(LAYERS).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(autouse=True)
 def few_scored_tokens(monkeypatch):
     monkeypatch.setattr(layers, "SCORED", 8)
@@ -44,9 +36,9 @@ def few_scored_tokens(monkeypatch):
         ("greedy", "8 losses of 2 texts: 16 forwards of 48 tokens"),
     ],
 )
-def test_each_method_writes_a_configuration_that_the_model_takes(method, said, folder, tmp_path):
+def test_each_method_writes_a_configuration_that_the_model_takes(method, said, small_llama, tmp_path):
     pytest.importorskip("matplotlib")
-    done = run(folder, "--method", method, *SMALL, "--out", tmp_path, "--json")
+    done = run(small_llama, "--method", method, *SMALL, "--out", tmp_path, "--json")
     assert done.exit_code == 0, done.output
     assert said in done.stderr
     printed = json.loads(done.stdout)
@@ -55,13 +47,13 @@ def test_each_method_writes_a_configuration_that_the_model_takes(method, said, f
     config = SWAAConfig.from_json((tmp_path / "swaa.json").read_text())
     expected = SWAAConfig(sliding_window=6, sink_tokens=2, full_attention_layers=sorted(printed["order"]))
     assert config == expected == SWAAConfig.from_dict(printed["config"])
-    assert swaa_flex.adapt(AutoModelForCausalLM.from_pretrained(folder), config).config.swaa == config.to_dict()
+    assert swaa_flex.adapt(AutoModelForCausalLM.from_pretrained(small_llama), config).config.swaa == config.to_dict()
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
     assert "layers.png" in done.stderr
 
 
-def test_the_table_has_a_row_per_layer_and_names_the_full_ones(folder):
-    done = run(folder, "--budget", 1, *SMALL)
+def test_the_table_has_a_row_per_layer_and_names_the_full_ones(small_llama):
+    done = run(small_llama, "--budget", 1, *SMALL)
     assert done.exit_code == 0, done.output
     rows = [line.split() for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
@@ -71,7 +63,7 @@ def test_the_table_has_a_row_per_layer_and_names_the_full_ones(folder):
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
 
 
-def test_a_search_that_was_interrupted_goes_on(folder, tmp_path, monkeypatch):
+def test_a_search_that_was_interrupted_goes_on(small_llama, tmp_path, monkeypatch):
     calls = []
     real = layers.AnswerLoss.__call__
 
@@ -83,7 +75,7 @@ def test_a_search_that_was_interrupted_goes_on(folder, tmp_path, monkeypatch):
         return real(self, model)
 
     monkeypatch.setattr(layers.AnswerLoss, "__call__", counted)
-    search = (folder, "--method", "greedy", *SMALL, "--out", tmp_path)
+    search = (small_llama, "--method", "greedy", *SMALL, "--out", tmp_path)
     stopped = run(*search)
     assert (stopped.exit_code, stopped.stderr.splitlines()[-1]) == (1, "Error: disk full")
     assert run(*search).exit_code == 0
@@ -91,9 +83,9 @@ def test_a_search_that_was_interrupted_goes_on(folder, tmp_path, monkeypatch):
     assert len(asked) == len(set(asked)) == evaluations("greedy", LAYERS, 2)
 
 
-def test_other_text_is_another_search(folder, tmp_path):
+def test_other_text_is_another_search(small_llama, tmp_path):
     (tmp_path / "book.txt").write_text("The grass is green. The sky is blue. " * 20, "utf-8")
-    search = (folder, "--method", "sensitivity", *SMALL, "--out", tmp_path)
+    search = (small_llama, "--method", "sensitivity", *SMALL, "--out", tmp_path)
     assert run(*search).exit_code == 0
     other = run(*search, "--text", tmp_path / "book.txt")
     assert other.exit_code == 1
@@ -101,7 +93,7 @@ def test_other_text_is_another_search(folder, tmp_path):
 
 
 def test_texts_are_spread_over_the_file(tmp_path):
-    tokenizer = word_tokenizer()
+    tokenizer = passkey_tokenizer()
     ids = tokenizer(" ".join(map(str, range(10, 40)))).input_ids  # a token per digit
     (tmp_path / "book.txt").write_text(" ".join(map(str, range(10, 40))), "utf-8")
     found = layers._stretches(tokenizer, tmp_path / "book.txt", 20, 3)
@@ -116,9 +108,9 @@ def test_lengths_are_tokens_or_thousands_of_them(given, tokens):
     assert token_counts.read("--length", given) == tokens
 
 
-def test_without_matplotlib_all_but_the_picture_is_written(folder, tmp_path, monkeypatch):
+def test_without_matplotlib_all_but_the_picture_is_written(small_llama, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    done = run(folder, *SMALL, "--out", tmp_path)
+    done = run(small_llama, *SMALL, "--out", tmp_path)
     assert done.exit_code == 0
     assert "no picture: LayerChoice.draw needs matplotlib" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.json", "swaa.json"]
@@ -139,10 +131,10 @@ def test_without_matplotlib_all_but_the_picture_is_written(folder, tmp_path, mon
         (("--text", "nowhere.txt"), "nowhere.txt"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(changed, problem, folder, tmp_path, monkeypatch):
+def test_what_is_wrong_is_said_in_one_line(changed, problem, small_llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("green grass", "utf-8")
-    done = run(folder, *SMALL, *changed)
+    done = run(small_llama, *SMALL, *changed)
     assert done.exit_code == 1
     assert problem in done.stderr
     assert len(done.stderr.splitlines()) == 1

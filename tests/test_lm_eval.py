@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -82,7 +83,7 @@ def folder(tmp_path_factory):
         lengths = (1, 1, 1) if number % 2 else (1, 3, 9)
         choices = [" ".join(order.choices(WORDS, k=length)) for length in lengths]
         rows.append({"text": " ".join(order.choices(WORDS, k=9 + 5 * number)), "choices": choices, "answer": 1})
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl(folder / "rows.jsonl", *rows)
     source = f"{{data_files: {{test: {folder / 'rows.jsonl'}}}, cache_dir: {folder / 'cache'}}}"
     data = f"dataset_path: json\ndataset_kwargs: {source}\ntest_split: test\n"
     for name, text in TASKS.items():

@@ -1,7 +1,7 @@
 """Where reasoning ends, by what a tokenizer says: its response template, its chat template, or the usual marks."""
 
 import pytest
-from test_tuning_data import CHANNELS, CHATML, HYBRID, THINKING, byte_tokenizer, chat, texts
+from tiny_tokenizers import CHANNELS, CHATML, HYBRID, THINKING, byte_tokenizer, chat, texts
 
 from swaa_flex import ConfigError
 from swaa_flex.evaluation.judges import exact, substring

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import jsonl
 from conftest import visible_pairs as pairs_of
-from test_demo import tiny, word_tokenizer
+from tiny_models import tiny
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 from typer.testing import CliRunner
 
@@ -42,7 +43,7 @@ def test_visible_pairs_are_those_of_the_mask(config, length, layer):
     ids=["full", "FA decode", "no FA decode", "half"],
 )
 def test_a_model_holds_what_is_estimated(config):
-    model = tiny(4).to(torch.bfloat16)
+    model = tiny("llama").to(torch.bfloat16)
     swaa_flex.adapt(model, "balanced")
     before = model.config.swaa
     assert measure(model, config, 50, tokens=2).cache_bytes == estimate(model, config, 52).cache_bytes
@@ -56,7 +57,7 @@ def test_models_without_grouped_queries_are_estimated():
 
 
 def test_the_estimate_counts_operations_and_bytes():
-    model = tiny(2)
+    model = tiny("llama", num_hidden_layers=2)
     text = model.config
     linear = sum(
         m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
@@ -97,15 +98,15 @@ def test_names_say_which_windows_run():
     assert list(candidates(NEAR, [50], {}, context=4096, length=4096))[1:] == ["window 50, no FA decode", "window 50"]
 
 
-def test_quality_is_measured_on_prompts_that_leave_room_for_the_answers(folder, tmp_path, monkeypatch):
+def test_quality_is_measured_on_prompts_that_leave_room_for_the_answers(small_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(cli_recommend, "ON_CPU", 1 << 20)  # as on a GPU: prompts of the context
     given = ("--samples", 1, "--tasks", "niah_single", "--windows", 16, "--out", tmp_path, "--json")
-    done = run(folder, *given)
+    done = run(small_llama, *given)
     # The model answers nothing right, which is found out after it has answered.
     assert done.exit_code == 1 and "full attention has no answer right" in done.stderr
     (facts,) = {json.loads(path.read_text())["length"] for path in tmp_path.glob("samples/*.json")}
     assert facts == 512 - 32
-    assert run(folder, *given, "--length", 512).stderr.count("expected lengths of at most 480") == 1
+    assert run(small_llama, *given, "--length", 512).stderr.count("expected lengths of at most 480") == 1
 
 
 def cell(config, task, value, low, high, metric="score"):
@@ -175,22 +176,14 @@ def test_the_fastest_that_keeps_enough_is_chosen():
     assert choose(options, 0.05, context=1, length=1, timed="").chosen.name == "naive"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny(4).save_pretrained(folder)
-    word_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def run(*arguments):
     runner = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1"})
     return runner.invoke(app, ["recommend", *map(str, arguments)])
 
 
-def test_the_command_writes_a_configuration_table_and_picture(folder, tmp_path):
+def test_the_command_writes_a_configuration_table_and_picture(small_llama, tmp_path):
     pytest.importorskip("matplotlib")
-    given = (folder, "--tasks", "ppl", "--samples", 2, "--context", 512, "--length", 384, "--out", tmp_path)
+    given = (small_llama, "--tasks", "ppl", "--samples", 2, "--context", 512, "--length", 384, "--out", tmp_path)
     done = run(*given, "--budget", 0.5, "--json")
     assert done.exit_code == 0, done.output
     printed = json.loads(done.stdout)
@@ -217,23 +210,23 @@ def test_the_command_writes_a_configuration_table_and_picture(folder, tmp_path):
     assert max(map(len, lines)) <= 100
 
 
-def test_tasks_and_windows_are_lists_as_in_eval(folder, tmp_path):
+def test_tasks_and_windows_are_lists_as_in_eval(small_llama, tmp_path):
     rows = [{"prompt": "red blue", "choices": ["green", "one"], "answer": 0}] * 3
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl(tmp_path / "rows.jsonl", *rows)
     tasks = f"choice:{tmp_path / 'rows.jsonl'}, ppl"
     given = ("--samples", 2, "--context", 512, "--length", 384, "--windows", "16, 32", "--out", tmp_path / "out")
-    done = run(folder, "--tasks", tasks, *given)
+    done = run(small_llama, "--tasks", tasks, *given)
     assert done.exit_code == 0, done.output
 
 
-def test_a_model_that_always_thinks_is_measured_thinking(folder, tmp_path, monkeypatch):
+def test_a_model_that_always_thinks_is_measured_thinking(small_llama, tmp_path, monkeypatch):
     monkeypatch.setitem(questions.NEW_TOKENS, "cot", 16)  # a thousand would take minutes
-    thinks = AutoTokenizer.from_pretrained(folder)
+    thinks = AutoTokenizer.from_pretrained(small_llama)
     thinks.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}<think>"
     thinks.save_pretrained(tmp_path / "model")
-    tiny(4).save_pretrained(tmp_path / "model")
+    tiny("llama").save_pretrained(tmp_path / "model")
     rows = [{"prompt": "red blue", "question": "green", "answer": "one"}] * 2
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl(tmp_path / "rows.jsonl", *rows)
     given = ("--samples", 2, "--context", 512, "--length", 384, "--out", tmp_path / "out", "--json")
     done = run(tmp_path / "model", "--tasks", f"ppl,qa:{tmp_path / 'rows.jsonl'}", *given)
     assert done.exit_code == 0, done.output
@@ -252,8 +245,8 @@ def test_a_model_that_always_thinks_is_measured_thinking(folder, tmp_path, monke
         (("--tasks", "nia"), "did you mean 'niah'"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments, said, folder, tmp_path):
-    done = run(folder, *arguments, "--out", tmp_path)
+def test_what_cannot_be_is_refused(arguments, said, small_llama, tmp_path):
+    done = run(small_llama, *arguments, "--out", tmp_path)
     assert done.exit_code == 1
     assert said in done.stderr
     assert not list(tmp_path.iterdir())

