@@ -101,3 +101,9 @@ def test_the_tables_of_measurements_are_those_of_the_committed_data(monkeypatch)
         text = (ROOT / "docs" / page).read_text()
         assert "<!-- table:" in text
         assert report.written(text) == text, page
+
+
+def test_no_test_module_imports_another():
+    for path in Path(__file__).parent.glob("*.py"):
+        imported = re.findall(r"^\s*(?:from|import) (test_\w+)", path.read_text(), re.M)
+        assert {*imported} <= {path.stem}, path.name
