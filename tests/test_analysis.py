@@ -1,5 +1,6 @@
 """Which layers stay full: attention against dense probabilities, searches against losses that are known."""
 
+import copy
 import importlib
 import itertools
 import json
@@ -191,6 +192,25 @@ def test_an_interrupted_search_goes_on_and_measures_nothing_twice(search, stops_
     third = KnownLoss(either_of_two)
     assert search(model, third, CONFIG, 2, path=path) == whole
     assert third.asked == []
+
+
+@pytest.mark.parametrize("search", [sensitivity, greedy])
+def test_a_second_search_is_refused_while_one_writes_its_losses(search, model, tmp_path):
+    path, known, refused = tmp_path / "losses.json", KnownLoss(either_of_two), []
+
+    def meanwhile(asked):
+        with pytest.raises(ConfigError, match=r"losses\.json: another run is writing it"):
+            greedy(copy.deepcopy(asked), other_loss, CONFIG, 1, path=path)
+        refused.append(asked)
+        return known(asked)
+
+    search(model, meanwhile, CONFIG, 2, path=path)
+    assert (
+        len(refused)
+        == evaluations(search.__name__, LAYERS, 2)
+        == len(json.loads(path.read_text())["loss by full layers"])
+    )
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_larger_budget_goes_on_from_a_smaller_one(model, tmp_path):

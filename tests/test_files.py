@@ -4,13 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 import swaa_flex
 from swaa_flex import ConfigError
 from swaa_flex.compile_cache import _MAGIC
-from swaa_flex.files import held, write_atomically
+from swaa_flex.files import held, reserved, write_atomically
 
 HOLDER = """
 import sys, time
@@ -34,7 +36,27 @@ def test_a_file_is_held_by_one_run_and_free_afterwards(tmp_path):
         raise KeyError
     with held(path):
         pass
-    assert list(path.parent.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # a folder that was made for nothing is gone
+
+
+def test_a_file_is_reserved_for_the_code_that_will_hold_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("out.jsonl")
+
+    def is_refused():
+        with pytest.raises(ConfigError, match="another run is writing it"), held(path):
+            pytest.fail("held twice")
+        return True
+
+    with reserved(path), ThreadPoolExecutor() as other:
+        assert other.submit(is_refused).result()
+        for _ in range(2):
+            with held(tmp_path / path):
+                assert is_refused()
+        with pytest.raises(ConfigError, match="another run is writing it"), reserved(path):
+            pytest.fail("reserved twice")
+    with held(path):
+        assert is_refused()
 
 
 def test_a_file_is_held_across_processes_and_free_once_its_holder_is_killed(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from tune_in_processes import FAST, RECIPE, adapted, check_two_processes, examples
 
 import swaa_flex
@@ -262,6 +262,21 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, given, proble
         config = TuningConfig(**given.get("config", {}))
         finetune(model, given.get("examples", examples(2)), tmp_path, config=config, quiet=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_merges_into_one_folder_do_not_meet(tmp_path, monkeypatch):
+    tuned = finetune(adapted(), examples(2), tmp_path / "run", config=TuningConfig(max_steps=1, **FAST), quiet=True)
+    save, refused = type(tuned.get_base_model()).save_pretrained, []
+
+    def meanwhile(model, folder):
+        with pytest.raises(ConfigError, match=r"config\.json: another run is writing it"):
+            merge(tuned, folder)
+        refused.append(folder)
+        save(model, folder)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", meanwhile)
+    merge(tuned, tmp_path / "merged")
+    assert refused == [tmp_path / "merged"] and not list(refused[0].glob("*.lock"))
 
 
 def test_a_folder_of_another_run_is_refused_by_name(tmp_path):

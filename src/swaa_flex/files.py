@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -29,6 +30,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+_RESERVED: ContextVar[frozenset[Path]] = ContextVar("reserved", default=frozenset())
+"""Files that a command holds for the code it calls. `reserved` adds one, and the `held` that takes it over removes it,
+each for as long as its block lasts; other threads see none."""
+
+
 @contextmanager
 def held(path: Path) -> Iterator[None]:
     """Keeps a file, and what is written beside it, to this run: another run that wants it is refused at once.
@@ -42,10 +48,43 @@ def held(path: Path) -> Iterator[None]:
     Raises:
         ConfigError: if another run holds it, or nothing can be written there.
     """
+    own = path.absolute()
+    if own not in _RESERVED.get():
+        with _locked(path):
+            yield
+        return
+    token = _RESERVED.set(_RESERVED.get() - {own})
+    try:
+        yield
+    finally:
+        _RESERVED.reset(token)
+
+
+@contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """Holds a file for code that will hold it itself: a command is refused before it loads a model, not after.
+
+    Args:
+        path: the file; its folder is made, and is gone afterwards if nothing was written there.
+
+    Raises:
+        ConfigError: as `held`.
+    """
+    with _locked(path):
+        token = _RESERVED.set(_RESERVED.get() | {path.absolute()})
+        try:
+            yield
+        finally:
+            _RESERVED.reset(token)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
     if not is_first_process():
         yield
         return
     lock = FileLock(path.with_name(f"{path.name}.lock"))
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
@@ -59,6 +98,9 @@ def held(path: Path) -> Iterator[None]:
         with suppress(OSError):  # Windows deletes no file that is open
             Path(lock.lock_file).unlink()  # while it is locked: a lock on a file that is gone counts for nothing
         lock.release()
+        with suppress(OSError):  # the first one that is not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def is_first_process() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..config import SWAAConfig
 from ..errors import ConfigError, did_you_mean
 from ..evaluation.sample import Sample
 from ..evaluation.scoring import continuation_log_probs
-from ..files import write_atomically
+from ..files import held, write_atomically
 from ..tuning.identity import hashed, identity
 from .choice import LayerChoice, layers_of
 from .evaluated import evaluated
@@ -95,7 +95,7 @@ def sensitivity(
         config: what the other layers get; its own full layers do not count.
         budget: how many layers stay full.
         path: a JSON file for the losses, each written at once; the same call after an interruption goes on from there,
-            and so does a search with another method or budget.
+            and so does a search with another method or budget. One search at a time writes it.
         progress: show a progress bar, if stderr is a terminal.
 
     Returns:
@@ -103,7 +103,7 @@ def sensitivity(
 
     Raises:
         ConfigError: if the budget is out of range, the configuration has no window, a loss is not finite, or `path`
-            belongs to another model, loss, configuration or device.
+            belongs to another model, loss, configuration or device, or another search is writing it.
         UnsupportedModelError: if the model's code does not use transformers' attention interface.
     """
     layers = layers_of(model, config, budget)
@@ -193,12 +193,21 @@ class _Losses:
             **identity(model),
         }
         self.known: dict[str, float] = {}
-        if self.path is not None and self.path.exists():
-            self.known = self._read(self.path)
 
     @contextmanager
     def shown(self, total: int, progress: bool) -> Iterator[Callable[[Collection[int]], float]]:
-        """The loss with a set of full layers as a function, under a progress bar for `total` calls."""
+        """The loss with a set of full layers as a function, under a progress bar for `total` calls.
+
+        As long as the search lasts, the file is its own.
+        """
+        with nullcontext() if self.path is None else held(self.path):
+            if self.path is not None and self.path.exists():
+                self.known = self._read(self.path)
+            with self._bar(total, progress) as loss_with:
+                yield loss_with
+
+    @contextmanager
+    def _bar(self, total: int, progress: bool) -> Iterator[Callable[[Collection[int]], float]]:
         console = Console(stderr=True)
         columns = TextColumn("losses"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:

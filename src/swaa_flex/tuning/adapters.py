@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_NAME, PreTrainedConfig, PreTrainedModel
 
 from .. import recipes
 from ..config import SWAAConfig
 from ..errors import ConfigError
-from ..files import refuse_file, write_atomically
+from ..files import held, refuse_file, write_atomically
 from ..hf.adapt import adapt
 from ..hf.config import swaa_of
 
@@ -92,13 +92,14 @@ def merge(tuned: PeftModel, folder: str | Path, dtype: torch.dtype | None = None
         The merged model.
 
     Raises:
-        ConfigError: if the folder is a file.
+        ConfigError: if the folder is a file, or another run is writing it.
     """
     refuse_file(folder)
-    merged: PreTrainedModel = tuned.merge_and_unload()
-    if dtype is not None:
-        merged = merged.to(dtype)  # type: ignore[arg-type]
-    merged.save_pretrained(folder)
+    with held(Path(folder) / CONFIG_NAME):
+        merged: PreTrainedModel = tuned.merge_and_unload()
+        if dtype is not None:
+            merged = merged.to(dtype)  # type: ignore[arg-type]
+        merged.save_pretrained(folder)
     return merged
 
 
