@@ -1,10 +1,13 @@
 """What the commands check before they load a model, and what they say when they are interrupted."""
 
+import json
+
 import pytest
 from conftest import invoke
 
 from swaa_flex import ConfigError
 from swaa_flex.cli import checkpoint, paths
+from swaa_flex.files import held
 from swaa_flex.tuning import adapters
 
 
@@ -99,6 +102,29 @@ def test_what_the_system_refuses_to_write_is_found(here, monkeypatch):
     paths.write_folder("--out", here / "out")  # the first process is the one that writes
 
 
+@pytest.mark.parametrize(
+    ("line", "path"),
+    [
+        ("eval MODEL --out out", "out/summary.json"),
+        ("eval --settings settings.json --out out", "out/2-b/summary.json"),
+        ("recommend MODEL --out out", "out/summary.json"),
+        ("layers MODEL --out out", "out/losses.json"),
+        ("layers MODEL --out out --method greedy", "out/losses.json"),
+        ("distill MODEL data.jsonl out.jsonl", "out.jsonl"),
+        ("distill MODEL data.jsonl out.jsonl --overwrite", "out.jsonl"),
+        ("finetune MODEL data.jsonl out", "out/run.json"),
+        ("merge MODEL adapter out", "out/config.json"),
+    ],
+)
+def test_a_second_run_is_refused_before_it_loads_a_model(line, path, here, no_loading):
+    reference = {"sliding_window_size": 64, "keep_first": 0, "force_fa_decode": False, "non_sliding_layers": []}
+    (here / "settings.json").write_text(json.dumps([{"swaa_config": reference, "model_list": ["a", "b"]}]))
+    with held(here / path):
+        result = invoke(line)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1), result.output
+    assert result.stderr == f"Error: {path}: another run is writing it; wait until it has ended, or choose another\n"
+
+
 GOES_ON = "Interrupted. The same command goes on where this one was."
 
 
@@ -117,8 +143,8 @@ GOES_ON = "Interrupted. The same command goes on where this one was."
             "Interrupted. With --out, the same command goes on with the losses that are measured; --method lazy "
             "starts over.",
         ),
-        ("demo --model MODEL", "Interrupted."),
-        ("merge MODEL adapter out", "Interrupted."),
+        ("demo --model MODEL", "Interrupted. The same command starts over."),
+        ("merge MODEL adapter out", "Interrupted. Nothing is written; the same command starts over."),
     ],
 )
 def test_an_interrupted_command_says_whether_it_goes_on_and_exits_with_130(line, said, here, monkeypatch):
@@ -126,7 +152,9 @@ def test_an_interrupted_command_says_whether_it_goes_on_and_exits_with_130(line,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "load", interrupted)
+    before = sorted(here.rglob("*"))
     result = invoke(line)
+    assert sorted(here.rglob("*")) == before
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, said)
     monkeypatch.setenv("RANK", "1")
     assert "Interrupted" not in invoke(line).stderr

@@ -7,7 +7,7 @@ import torch
 from conftest import jsonl
 from tiny_models import words_model
 from tiny_tokenizers import words_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from swaa_flex import SWAAConfig, recipes
@@ -72,6 +72,22 @@ def test_merge_says_which_recipe_it_took_instead_of_the_adapters_own(folder, tun
     assert done.exit_code == 0, done.output
     assert f"with the recipe {recipes.get('naive')}" in done.output
     assert AutoConfig.from_pretrained(folder / "other").swaa == recipes.get("naive").to_dict()
+
+
+def test_a_merge_that_is_interrupted_leaves_nothing_and_starts_over(folder, tuned, tmp_path, monkeypatch):
+    def interrupted(*args):
+        for name in ("config.json", "model.safetensors"):
+            assert (tmp_path / "merged" / name).is_file()
+        raise KeyboardInterrupt
+
+    merge = ("merge", folder / "model", folder / "run" / "adapter", tmp_path / "merged")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", interrupted)
+        stopped = run(*merge)
+    assert stopped.exit_code == 130 and "Nothing is written; the same command starts over." in stopped.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert run(*merge).exit_code == 0
+    assert "config.json.lock" not in {path.name for path in (tmp_path / "merged").iterdir()}
 
 
 def answer(model, folder):

@@ -21,8 +21,10 @@ _RESUMED = {
     "distill": "The same command goes on where this one was.",
     "finetune": "The same command goes on from the last checkpoint (--save-steps).",
     "layers": "With --out, the same command goes on with the losses that are measured; --method lazy starts over.",
+    "merge": "Nothing is written; the same command starts over.",
+    "demo": "The same command starts over.",
 }
-"""What is left of a command that was interrupted. Others start over."""
+"""How commands that take long go on after they were interrupted."""
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from .left_out import report
 
 
 def distill(
+    command: typer.Context,
     model: Annotated[str, typer.Argument(help="A folder, a GGUF file, or a name on the Hugging Face Hub.")],
     data: Annotated[Path, typer.Argument(help="The prompts: .jsonl, .json or .parquet.")],
     out: Annotated[Path, typer.Argument(help="The file to write, .jsonl.")],
@@ -48,6 +49,7 @@ def distill(
     """
     paths.read_file("DATA", data)
     paths.write_file("OUT", out)
+    paths.reserve(command, out)
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; name another file, or have it replaced with --overwrite")
     samples, bad = read_samples(data)

@@ -31,6 +31,7 @@ RECIPES = "full,naive,balanced,quality"
 
 
 def eval_(
+    command: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -114,12 +115,15 @@ def eval_(
     else:
         _recipes(recipes or RECIPES, None, window, sinks)  # what is wrong with them is said before a model is loaded
     paths.write_folder("--out", out)
-    for number, (name, of_settings) in enumerate(by_model.items(), 1):
+    several = len(by_model) > 1
+    folders = [out / f"{number}-{Path(name).name}" if several else out for number, name in enumerate(by_model, 1)]
+    for folder in folders:
+        paths.reserve(command, folder / SUMMARY)
+    for folder, (name, of_settings) in zip(folders, by_model.items(), strict=True):
         loaded, tokenizer = checkpoint.load(name)
         if adapter is not None:
             loaded = load_adapter(loaded, adapter, "full").get_base_model()
         config = loaded.config.get_text_config()
-        folder = out if len(by_model) == 1 else out / f"{number}-{Path(name).name}"
         if of_settings is None:
             configs = _recipes(recipes or RECIPES, config.model_type, window, sinks)
         else:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoConfig
+from transformers import CONFIG_NAME, AutoConfig
 
 from .. import recipes
 from ..config import SWAAConfig
@@ -26,6 +28,7 @@ DEFAULT = train.TuningConfig()
 
 
 def finetune(
+    command: typer.Context,
     model: Annotated[str, typer.Argument(help="A folder, a GGUF file, or a name on the Hugging Face Hub.")],
     data: Annotated[Path, typer.Argument(help="What to learn: .jsonl, .json or .parquet, of `swaa-flex distill`.")],
     out: Annotated[Path, typer.Argument(help="A folder for checkpoints and the adapter.")],
@@ -101,6 +104,7 @@ def finetune(
     paths.read_file("--held-out", held_out)
     paths.write_folder("OUT", out)
     adapters.peft()  # says what to install if it is missing
+    paths.reserve(command, out / train.RUN)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     loaded, tokenizer = checkpoint.load(model)
@@ -112,6 +116,7 @@ def finetune(
 
 
 def merge(
+    command: typer.Context,
     model: Annotated[str, typer.Argument(help="The base model: a folder, a GGUF file, or a name on the Hub.")],
     adapter: Annotated[Path, typer.Argument(help="The folder of the adapter.")],
     out: Annotated[Path, typer.Argument(help="The folder to write, new or empty.")],
@@ -128,14 +133,28 @@ def merge(
     if Path(model).exists() and out.resolve() == Path(model).resolve():
         raise ConfigError(f"OUT {out} is the base model itself; expected another folder to write")
     paths.read_adapter("ADAPTER", adapter)
-    paths.new_folder("OUT", out)
+    paths.write_folder("OUT", out)
     chosen = None if recipe is None else _recipe(recipe)
+    paths.reserve(command, out / CONFIG_NAME)
+    paths.empty_folder("OUT", out)
     loaded, tokenizer = checkpoint.load(model)
     tuned = adapters.load_adapter(loaded, adapter, chosen)
     dtype = None if model.endswith(".gguf") else AutoConfig.from_pretrained(model).dtype
-    merged = adapters.merge(tuned, out, dtype)
-    tokenizer.save_pretrained(out)
+    with _whole_or_not_at_all(out):
+        merged = adapters.merge(tuned, out, dtype)
+        tokenizer.save_pretrained(out)
     typer.echo(f"wrote {out}, with the recipe {swaa_of(merged.config)}")
+
+
+@contextlib.contextmanager
+def _whole_or_not_at_all(folder: Path) -> Iterator[None]:
+    """Empties a folder, which was empty, if it cannot be written or the command is interrupted."""
+    try:
+        yield
+    except BaseException:
+        for path in paths.contents(folder):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def _recipe(name: str) -> str | SWAAConfig | dict[str, Any]:

@@ -27,10 +27,12 @@ from . import checkpoint, paths
 from . import tokens as token_counts
 
 METHODS = ("lazy", "sensitivity", "greedy")
+LOSSES = "losses.json"
 SCORED = 128  # tokens after each prefix whose loss is measured
 
 
 def layers(
+    command: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -87,9 +89,11 @@ def layers(
             f"--length {length}: expected more than the {window + sinks} tokens that --window {window} and --sinks "
             f"{sinks} show, or every layer sees everything"
         )
+    name = checkpoint.installed() if model is None else model
     paths.read_file("--text", text)
     paths.write_folder("--out", out)
-    loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
+    paths.reserve(command, None if out is None else out / LOSSES)
+    loaded, tokenizer = checkpoint.load(name)
     count = loaded.config.get_text_config().num_hidden_layers
     budget = count // 2 if budget is None else budget
     layers_of(loaded, config, budget)
@@ -126,7 +130,7 @@ def _choice(
         f"{losses} losses of {len(texts)} texts: {losses * len(texts)} forwards of {len(texts[0])} tokens", err=True
     )
     search = sensitivity if method == "sensitivity" else greedy
-    path = None if out is None else out / "losses.json"
+    path = None if out is None else out / LOSSES
     return search(model, AnswerLoss.of_texts(texts, SCORED), config, budget, path=path)
 
 

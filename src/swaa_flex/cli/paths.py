@@ -1,4 +1,4 @@
-"""Paths of the command line, checked before a model is loaded: what is missing, in the way or not writable."""
+"""Paths of the command line, checked before a model is loaded: what is missing, in the way, not writable, or taken."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import typer
+
 from ..errors import ConfigError
-from ..files import refuse_file
+from ..files import refuse_file, reserved
 
 
 def read_file(option: str, path: Path | None) -> None:
@@ -80,15 +82,33 @@ def write_file(option: str, path: Path | None) -> None:
     write_folder(f"{option} {path}: its folder", path.parent)
 
 
-def new_folder(option: str, folder: Path) -> None:
-    """Refuses a folder that holds something already, or cannot be written to.
+def empty_folder(option: str, folder: Path) -> None:
+    """Refuses a folder that holds something already.
 
     Raises:
         ConfigError: if so.
     """
-    if folder.is_dir() and any(folder.iterdir()):
+    if contents(folder):
         raise ConfigError(f"{option} {folder}: it is not empty; expected a new folder; name another, or delete it")
-    write_folder(option, folder)
+
+
+def contents(folder: Path) -> list[Path]:
+    """What a folder holds, apart from locks; nothing if there is no folder."""
+    return [path for path in folder.iterdir() if path.suffix != ".lock"] if folder.is_dir() else []
+
+
+def reserve(command: typer.Context, path: Path | None) -> None:
+    """Keeps a file, and what is written beside it, to a command until it ends.
+
+    Args:
+        command: its context.
+        path: the file that the library holds while it writes; None for none.
+
+    Raises:
+        ConfigError: if another run holds it.
+    """
+    if path is not None:
+        command.with_resource(reserved(path))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from ..config import SWAAConfig
 from ..errors import ConfigError, did_you_mean
 from ..evaluation import texts
 from ..evaluation.prompts import thinks_always
-from ..evaluation.runner import evaluate, positions
+from ..evaluation.runner import SUMMARY, evaluate, positions
 from ..evaluation.runner import tokens as tokens_of
 from ..files import write_atomically
 from . import asked, checkpoint, paths, tokens
@@ -30,6 +30,7 @@ ON_CPU = 1024  # tokens that quality is measured on unless told otherwise
 
 
 def recommend(
+    command: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -100,10 +101,12 @@ def recommend(
     wanted = None if context is None else tokens.read("--context", context)
     measured_on = None if length is None else tokens.read("--length", length)
     given = None if windows is None else [tokens.read("--windows", window) for window in asked.names(windows)]
+    name = checkpoint.installed() if model is None else model
     paths.read_file("--text", text)
     chosen_tasks = asked.tasks(tasks, {"text": text})
     paths.write_folder("--out", out)
-    loaded, tokenizer = checkpoint.load(checkpoint.installed() if model is None else model)
+    paths.reserve(command, out / SUMMARY)
+    loaded, tokenizer = checkpoint.load(name)
     on_gpu = loaded.device.type == "cuda"
     longest = positions(loaded)
     by_thought = _by_thought(tokenizer, chosen_tasks)
