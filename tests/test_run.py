@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from swaa_flex import ConfigError, SWAAConfig, recipes
@@ -52,6 +52,11 @@ def here(tmp_path, monkeypatch):
 
 def run(*arguments):
     return CliRunner().invoke(app, ["run", *map(str, arguments)])
+
+
+def warned(done):
+    """The lines of the warning at the end, behind the progress of loading."""
+    return "".join(done.stderr.partition("Warning: ")[1:]).splitlines()
 
 
 def seen(folder, rank=0):
@@ -106,6 +111,63 @@ def test_a_checkpoint_with_a_recipe_runs_it_in_a_program_that_does_not_know_of_i
     with pytest.warns(UserWarning, match=r"SWAA_FLEX_RECIPE='full' \(swaa-flex run --swaa\) .* runs it"):
         run("--swaa", "full", "program.py", merged)
     assert seen(here)["swaa"] == OWN.to_dict() and seen(here)["attention"] == "swaa_flex"
+
+
+@pytest.mark.parametrize("how", ["--swaa", "variable"])
+@pytest.mark.parametrize("ends_with", ["sys.exit(7)", "raise KeyError('own')", ""])
+def test_models_without_the_recipe_are_named_at_the_end(how, ends_with, here, model, monkeypatch):
+    plain = PROGRAM.replace(', attn_implementation="swaa_flex"', "").replace("sys.exit(7)", "")
+    (here / "program.py").write_text(f"{plain}\n{ends_with}\n")
+    monkeypatch.setenv(RECIPE_VARIABLE, "naive")
+    done = run(*(("--swaa", "naive") if how == "--swaa" else ()), "program.py", model)
+    assert done.exit_code == {"sys.exit(7)": 7, "": 0}.get(ends_with, 1)
+    named = {"--swaa": "--swaa naive", "variable": "SWAA_FLEX_RECIPE=naive"}[how]
+    assert warned(done) == [
+        f"Warning: {named} was not run by these models of the program:",
+        f"  LlamaForCausalLM ({model}) has attn_implementation='sdpa'; the program is to load it with "
+        'attn_implementation="swaa_flex"',
+    ]
+    monkeypatch.setenv("RANK", "1")
+    assert warned(run("--swaa", "naive", "program.py", model)) == []
+
+
+@pytest.mark.filterwarnings("ignore:SWAA_FLEX_RECIPE=", "ignore:attn_implementation=")
+@pytest.mark.parametrize(
+    ("program", "reasons"),
+    [
+        ("load(attn_implementation='swaa_flex')", []),
+        ("swaa_flex.adapt(load(), 'naive')", []),
+        ("load(swaa='naive')", []),
+        ("load(swaa='fast'); load(swaa='fast')", ["has a recipe of its own, {'sliding_window': 2048"]),
+        ("load(swaa='naive', attn_implementation='eager')", ["has attn_implementation='eager'"]),
+        ("load(swaa='naive').set_attn_implementation('sdpa')", ["has attn_implementation='sdpa'"]),
+        ("swaa_flex.restore(load(swaa='naive'))", ["has attn_implementation='sdpa'"]),
+        ("load(); load(swaa='full')", ["has attn_implementation='sdpa'", "has a recipe of its own, {"]),
+    ],
+)
+def test_each_model_is_named_with_the_reason_once_and_its_parts_are_not(program, reasons, here, model):
+    (here / "program.py").write_text(
+        "import functools\nfrom transformers import AutoModelForCausalLM\nimport swaa_flex\n"
+        f"load = functools.partial(AutoModelForCausalLM.from_pretrained, {str(model)!r})\n{program}\n"
+    )
+    before = PreTrainedModel.post_init
+    done = run("--swaa", "naive", "program.py")
+    assert done.exit_code == 0 and PreTrainedModel.post_init is before
+    lines = warned(done)[1:]
+    assert len(lines) == len(reasons), done.stderr
+    for line, reason in zip(lines, reasons, strict=True):
+        assert line.startswith(f"  LlamaForCausalLM ({model}) {reason}")
+
+
+def test_the_vision_tower_of_a_model_is_a_part_of_it(here):
+    (here / "program.py").write_text(
+        "from test_config_swaa import composite\n"
+        "from transformers import AutoModelForImageTextToText\n"
+        "model = AutoModelForImageTextToText.from_config(composite(swaa='naive'))\n"
+        "assert model.config.vision_config._attn_implementation == 'sdpa'\n"
+    )
+    done = run("--swaa", "naive", "program.py")
+    assert (done.exit_code, done.stderr) == (0, "")
 
 
 def test_without_a_recipe_it_is_that_of_the_environment_or_the_default(here, model, monkeypatch):

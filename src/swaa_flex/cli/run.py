@@ -9,6 +9,7 @@ import re
 import runpy
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import ConfigError
 from ..hf.config import RECIPE_VARIABLE, default_recipe
-from . import paths
+from . import made, paths
 
 
 def run(
@@ -38,7 +39,8 @@ def run(
 
     The name is registered before the program starts, so programs need not know
     of this library. A checkpoint with a recipe in its config.json runs that one,
-    without attn_implementation, and a warning says so where --swaa differs.
+    without attn_implementation. Models that the program loads in another way run
+    as ever; a warning at the end names those that did not run --swaa.
     Options come before PROGRAM; what follows it is the program's. Its exit code
     and its exceptions are passed on.
 
@@ -62,10 +64,13 @@ def run(
         raise ConfigError(f"{program}: expected a Python script; a module takes -m: swaa-flex run -m {program}")
     sys.argv = [program, *given]
     context.find_root().params["debug"] = True  # from here on errors are the program's, with their traceback
-    if module:
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(program, run_name="__main__")
+    asked_for = os.environ.get(RECIPE_VARIABLE)
+    named = f"{RECIPE_VARIABLE}={asked_for}" if swaa is None else f"--swaa {swaa}"
+    with nullcontext() if asked_for is None else made.missed(default_recipe(), named):
+        if module:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program, run_name="__main__")
 
 
 def _set_recipe(swaa: str) -> None:
