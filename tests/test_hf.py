@@ -171,6 +171,22 @@ def test_set_attn_implementation_switches_a_loaded_model():
     assert (logits(model, ids) - full).abs().max() > 1e-3
 
 
+def test_a_recipe_that_a_forward_does_not_run_is_said_once():
+    model, ids = tiny("llama"), torch.randint(3, 99, (1, 60))
+    full = logits(model, ids)
+    swaa_flex.adapt(model, CONFIG)
+    slides = logits(model, ids)
+    model.set_attn_implementation("sdpa")
+    with pytest.warns(
+        UserWarning, match=r"attn_implementation='sdpa' was set after the recipe, which is idle now: swaa="
+    ):
+        assert torch.equal(logits(model, ids), full)
+    assert torch.equal(logits(model, ids), full)  # warnings are errors here
+    model.set_attn_implementation("swaa_flex")
+    assert torch.equal(logits(model, ids), slides)
+    assert torch.equal(logits(swaa_flex.restore(model), ids), full)
+
+
 # --- prompt and decode rows ---------------------------------------------------------------------------------
 
 

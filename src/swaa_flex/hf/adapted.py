@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,8 @@ def give_adapted_class(model: PreTrainedModel, virtual_tokens: int = 0) -> None:
 
 def give_plain_class_back(model: PreTrainedModel) -> None:
     """Undoes `give_adapted_class`, unless somebody has derived another class from it (fully_shard) since then."""
-    vars(model).pop("_swaa_virtual_tokens", None)
+    for name in ("_swaa_virtual_tokens", "_swaa_idle"):
+        vars(model).pop(name, None)
     adapted = type(model)
     plain = vars(adapted).get("_swaa_plain_class")
     if plain is not None:
@@ -62,6 +64,7 @@ def adapted_class(plain: Any) -> Any:
         @functools.wraps(plain.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if self.config._attn_implementation != "swaa_flex":
+                _warn_of_idle_recipe(self)
                 return super().forward(*args, **kwargs)
             given = dict(zip(names, args, strict=False)) | kwargs
             if given.get("labels") is not None:
@@ -75,6 +78,21 @@ def adapted_class(plain: Any) -> Any:
     names = tuple(inspect.signature(plain.forward).parameters)[1:]
     Adapted.__name__, Adapted.__qualname__, Adapted.__module__ = plain.__name__, plain.__qualname__, plain.__module__
     return Adapted
+
+
+def _warn_of_idle_recipe(model: PreTrainedModel) -> None:
+    """Warns once per model, at a forward under one of transformers' own implementations, set after the recipe."""
+    implementation = model.config._attn_implementation
+    is_stock = str(implementation).startswith(("eager", "sdpa", "flash_attention", "flex_attention"))
+    if model.config.swaa is None or not is_stock or is_tracing() or "_swaa_idle" in vars(model):
+        return
+    vars(model)["_swaa_idle"] = True
+    warnings.warn(
+        f"attn_implementation={implementation!r} was set after the recipe, which is idle now: "
+        f"swaa={model.config.swaa.parsed.to_dict()}. model.set_attn_implementation('swaa_flex') puts it to use again, "
+        "and swaa_flex.restore(model) removes it",
+        stacklevel=4,
+    )
 
 
 def _new(plain: Any) -> Any:
