@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from conftest import counting_backend, visible_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import BATCH, HEADS, compositions
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import swaa_flex
@@ -126,6 +127,28 @@ def test_sliced_lists_of_the_backward_pass_are_transposed_again():
     assert torch.equal(part.to_dense(), built.to_dense()[:, :, 2:5])
     dense = listed(part.q_num_blocks, part.q_indices, 3) | listed(part.full_q_num_blocks, part.full_q_indices, 3)
     assert torch.equal(dense, part.to_dense().bool().transpose(-1, -2))
+
+
+@pytest.mark.parametrize("reach", range(1, 1025, 61))
+def test_bare_compact_lists_are_no_block_mask_with_blocks_missing(reach):
+    length, mask = 1024, causal() & (window(reach) | sinks(4))
+    built = build_block_mask(mask, length, length)
+    lists = built.kv_num_blocks, built.kv_indices, built.full_kv_num_blocks, built.full_kv_indices
+    make = partial(BlockMask.from_kv_blocks, *lists, mask_mod=mask)
+    if built.kv_indices.shape[-1] < 8:
+        with pytest.raises(IndexError):
+            make(seq_lengths=(length, length))
+        q, k = torch.zeros(1, 1, length, 16), torch.zeros(1, 1, length, 16)
+        with pytest.raises(ValueError, match="block mask was created for a smaller length"):
+            flex_attention(q, k, k, block_mask=make(compute_q_blocks=False))
+    else:
+        made, stock = make(), create_block_mask(mask, None, None, length, length, device="cpu")
+        assert torch.equal(made.to_dense(), stock.to_dense())
+        for prefix in ("", "full_"):
+            ours, theirs = (
+                listed(getattr(x, f"{prefix}q_num_blocks"), getattr(x, f"{prefix}q_indices"), 8) for x in (made, stock)
+            )
+            assert torch.equal(ours, theirs)
 
 
 def test_what_compact_lists_cannot_do_is_refused_with_a_way_out():

@@ -163,6 +163,10 @@ def list_width(bounds: Bounds, kv_len: int, kv_block: int = BLOCK_SIZE) -> int:
         if blocks is None:
             return kv_blocks
         touched += blocks
+    if not is_tracing() and touched == kv_blocks - 1:
+        # From lists one block too narrow, BlockMask.from_kv_blocks drops that block without a word (torch
+        # 2.13 puts what is no entry into the column behind the last one); narrower ones it cannot index.
+        return kv_blocks
     return max(1, min(kv_blocks, touched))
 
 

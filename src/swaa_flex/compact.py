@@ -22,7 +22,9 @@ class CompactBlockMask(BlockMask):
 
     FlexAttention reads of a list as many entries as there are, so it runs on these lists as they are. Those methods of
     a `BlockMask` that take the width for the number of kv blocks are replaced here. Other code that does, such as
-    `BlockMask.from_kv_blocks`, needs the lists of `with_full_lists`.
+    `BlockMask.from_kv_blocks`, needs the lists of `with_full_lists`. Given compact ones, that fails with an IndexError
+    where rows list blocks beyond their width. Where none does, as with fewer rows than keys, it works, but makes
+    query-side lists for too few kv blocks, which the backward pass must not be given.
     """
 
     def with_full_lists(self) -> BlockMask:
