@@ -169,9 +169,10 @@ def test_in_a_composite_model_the_text_model_runs_the_recipe(tmp_path):
 
 
 def test_a_model_that_cannot_run_a_recipe_refuses_it():
-    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99, swaa="naive")
+    config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99)
+    model = transformers.BloomForCausalLM._from_config(config, attn_implementation="swaa_flex")
     with pytest.raises(UnsupportedModelError, match="bloom"):
-        transformers.BloomForCausalLM(config)(IDS)
+        model(IDS)
 
 
 def test_a_recipe_that_was_loaded_before_the_package_counts(plain, expected):

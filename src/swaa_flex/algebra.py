@@ -296,8 +296,9 @@ def with_tensors(mask: Mask, device: torch.device) -> Mask:
 def with_tensors_in_memory(mask: Mask) -> Mask:
     """The same mask in a compiled graph, its tensors computed before the attention kernel that looks into them.
 
-    Inductor inlines what can be inlined, and its CPU kernel cannot be generated then ("No choices to select", torch
-    2.13). A view with the strides that a tensor has changes nothing, but asks for the tensor in memory.
+    Inductor inlines what can be inlined, and its kernels cannot be generated then (on a CPU "No choices to select", on
+    CUDA where the tensor is padded or has no layout yet; torch 2.11 to 2.14). A view with the strides that a tensor has
+    changes nothing, but asks for the tensor in memory.
     """
     changed: Mask = _mapped(mask, _in_memory)
     return changed

@@ -178,11 +178,7 @@ def _dense_columns(rows: QueryRows, tail: int, decode_is_full: bool) -> Mask | N
 
 
 def _tails(decode_rows: Tensor, tail: int, rows: QueryRows) -> Tensor:
-    """Rows among the last `tail` ones before an answer or before the end of their sequence, `[batch, q_len]`.
-
-    The last steps are lookups: FlexAttention compiles no mask that reads what `F.pad` makes in its graph (CUDA, torch
-    2.11 to 2.14).
-    """
+    """Rows among the last `tail` ones before an answer or before the end of their sequence, `[batch, q_len]`."""
     answers = decode_rows & ~F.pad(decode_rows, (1, 0))[:, :-1]
     index = torch.arange(rows.q_len + 1, device=decode_rows.device)
     end = rows.q_len if rows.stop is None else (rows.stop - rows.q_offset).clamp(0, rows.q_len)[:, None]

@@ -86,7 +86,6 @@ def plan(
     needs_grad: bool = False,
     head_dim: int | None = None,
     value_dim: int | None = None,
-    twin: Mask | None = None,
 ) -> AttentionPlan:
     """Turns a mask into what a backend runs.
 
@@ -109,8 +108,6 @@ def plan(
         head_dim: of query and key, if known: "auto" takes flash only if it is, and flash has blocks of another shape
             for small ones.
         value_dim: of the value, if it differs from `head_dim`.
-        twin: a mask that sees the same as `mask` at `q_offset`, with its tensors on the CPU: which blocks its rows
-            see, the host works out sooner than a GPU can be told to.
 
     Returns:
         The plan.
@@ -138,12 +135,10 @@ def plan(
         needs_grad=needs_grad,
         in_graph=is_tracing(),
     )
-    return plan_for(mask, inputs, backend, q_offset, twin)
+    return plan_for(mask, inputs, backend, q_offset)
 
 
-def plan_for(
-    mask: Mask, inputs: Inputs, backend: str, q_offset: int | Tensor = 0, twin: Mask | None = None
-) -> AttentionPlan:
+def plan_for(mask: Mask, inputs: Inputs, backend: str, q_offset: int | Tensor = 0) -> AttentionPlan:
     """`plan` for a call of which `inputs` says what is known."""
     everything = _Stretch.of(on_device(checked("mask", mask), inputs.device), 0, inputs.q_len, q_offset)
     check_sizes(everything.local, inputs.q_len, inputs.kv_len, inputs.batch, inputs.heads)
@@ -154,15 +149,12 @@ def plan_for(
         segments = [_chunked_segment(stretch, inputs) for stretch in everything.split()]
         return AttentionPlan(everything.local, backend, tuple(segments), inputs, capability, known)
     # The compiled CPU kernel is wrong on a slice of a query that is computed in the same graph (torch 2.13).
-    if twin is not None or (backend == "cpp" and inputs.in_graph):
-        stretches = [everything]
-    else:
-        stretches = _covered(everything.split(), inputs.q_len)
-    bounded = [_bounded(stretch, inputs, backend, capability, twin) for stretch in stretches]
+    stretches = [everything] if backend == "cpp" and inputs.in_graph else _covered(everything.split(), inputs.q_len)
+    bounded = [_bounded(stretch, inputs, backend, capability) for stretch in stretches]
     # Where no list would become shorter, one call is better; but a compiled graph keeps the stretches, whose masks
     # hold no symbolic row numbers: capturing those fails in torch 2.11's lowering of flex_attention.
     if len(bounded) > 1 and not inputs.in_graph and len({list_width(b.bounds, inputs.kv_len) for b in bounded}) == 1:
-        bounded = [_bounded(everything, inputs, backend, capability, twin)]
+        bounded = [_bounded(everything, inputs, backend, capability)]
     segments = [_flex_segment(b, inputs) for b in bounded]
     return AttentionPlan(everything.local, backend, tuple(segments), inputs, capability, known)
 
@@ -232,7 +224,7 @@ def _chunked_segment(stretch: _Stretch, inputs: Inputs) -> Segment:
     return Segment(stretch.first, stretch.stop, "chunked", stretch.local, chunks=chunks)
 
 
-def _bounded(stretch: _Stretch, inputs: Inputs, backend: str, capability: Capability, twin: Mask | None) -> _Bounded:
+def _bounded(stretch: _Stretch, inputs: Inputs, backend: str, capability: Capability) -> _Bounded:
     backend = backend_for_rows(backend, stretch.rows)
     mask = stretch.local
     if backend == "flash":
@@ -242,9 +234,8 @@ def _bounded(stretch: _Stretch, inputs: Inputs, backend: str, capability: Capabi
         # As a tensor, since it may be symbolic: see `plan_for`.
         mask = offset(stretch.mask, q=torch.full((), stretch.shift, dtype=torch.int32, device=inputs.device))
     q_block = rows_per_block(backend, inputs, capability)
-    seen = stretch.local if twin is None else twin
-    here = bounded_on(stretch.local, inputs.device, inputs.needs_grad) if twin is None else torch.device("cpu")
-    bounds = row_block_bounds(seen, stretch.rows, inputs.kv_len, q_block, here)
+    here = bounded_on(stretch.local, inputs.device, inputs.needs_grad)
+    bounds = row_block_bounds(stretch.local, stretch.rows, inputs.kv_len, q_block, here)
     return _Bounded(stretch, backend, mask, bounds, here, q_block)
 
 
@@ -263,7 +254,7 @@ def _for_flash(stretch: _Stretch, inputs: Inputs) -> Mask | None:
 
 def _flex_segment(bounded: _Bounded, inputs: Inputs) -> Segment:
     stretch, backend, mask = bounded.stretch, bounded.backend, bounded.mask
-    if backend == "cpp" and inputs.in_graph:
+    if inputs.in_graph:
         mask = with_tensors_in_memory(mask)
     block_mask = layout(
         mask,

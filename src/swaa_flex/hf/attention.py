@@ -11,7 +11,6 @@ from transformers import AttentionInterface
 from ..attention import attention
 from ..errors import UnsupportedModelError
 from .mask import ForwardMask
-from .prompt_attention import prompt_attention
 from .receipt import Receipt
 
 _CHOOSING = ("indices", "block_indices", "sinks")
@@ -33,7 +32,6 @@ def attention_forward(
     position_ids: Tensor | None = None,
     position_bias: Tensor | None = None,
     output_attentions: bool | None = None,
-    outside_graph: bool = False,
     swaa_receipt: Receipt | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -54,7 +52,6 @@ def attention_forward(
         position_ids: `[batch, q_len]`, tells packed documents apart.
         position_bias: must be None.
         output_attentions: must be false.
-        outside_graph: whether a graph that is being traced leaves attention to `PromptChunk`.
         swaa_receipt: of an adapted model's forward, to sign.
         kwargs: keywords by which models choose keys or cut rows into documents must be None; others are not used.
 
@@ -70,21 +67,7 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return encoder
-    if dropout > 0:
-        raise UnsupportedModelError(
-            f"attention dropout {dropout}: FlexAttention has none; set config.attention_dropout = 0, or model.eval()"
-        )
-    if output_attentions:
-        raise UnsupportedModelError(
-            "output_attentions=True: fused attention never has the weights; use attn_implementation='eager' for them"
-        )
-    if position_bias is not None:
-        raise UnsupportedModelError("the model adds a position bias to its scores, which swaa_flex does not support")
-    for name in _CHOOSING:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(
-                f"the model chooses keys or adds sinks by {name}=, which swaa_flex does not support"
-            )
+    refuse_other_attention(dropout, output_attentions=output_attentions, position_bias=position_bias, **kwargs)
     if not isinstance(attention_mask, ForwardMask):
         raise UnsupportedModelError(
             "swaa_flex makes its masks itself: pass attention_mask as [batch, len] (or not at all) instead of "
@@ -103,25 +86,48 @@ def attention_forward(
         swaa_receipt.is_signed = True
     source = mask.stored(layer, key)
     info = mask.prompt_info(prompt_lengths, decode_rows)
-    if outside_graph:
-        out = prompt_attention(query, key, value, layer, scaling, softcap, s_aux)
-    else:
-        tensors = (query, key, value) if s_aux is None else (query, key, value, s_aux)
-        ready = mask.plan_for(
-            layer,
-            query,
-            key,
-            value,
-            info=info,
-            source=source,
-            position_ids=position_ids,
-            needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
-            module=module,
-        )
-        result = attention(query, key, value, ready, scale=scaling, softcap=softcap, sink_logits=s_aux)
-        assert isinstance(result, Tensor)
-        out = result.transpose(1, 2).contiguous()
+    tensors = (query, key, value) if s_aux is None else (query, key, value, s_aux)
+    ready = mask.plan_for(
+        layer,
+        query,
+        key,
+        value,
+        info=info,
+        source=source,
+        position_ids=position_ids,
+        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+        module=module,
+    )
+    out = attention(query, key, value, ready, scale=scaling, softcap=softcap, sink_logits=s_aux)
+    assert isinstance(out, Tensor)
     if source is not None:
         mask.after_attention(source, info)
     attention_mask.forget_after(layer)
-    return out, None
+    return out.transpose(1, 2).contiguous(), None
+
+
+def refuse_other_attention(dropout: float, **given: Any) -> None:
+    """Refuses what a model asks for beside attention under a mask.
+
+    Args:
+        dropout: must be 0.
+        given: the other keywords of the attention function.
+
+    Raises:
+        UnsupportedModelError: says what it is and the way out.
+    """
+    if dropout > 0:
+        raise UnsupportedModelError(
+            f"attention dropout {dropout}: FlexAttention has none; set config.attention_dropout = 0, or model.eval()"
+        )
+    if given.get("output_attentions"):
+        raise UnsupportedModelError(
+            "output_attentions=True: fused attention never has the weights; use attn_implementation='eager' for them"
+        )
+    if given.get("position_bias") is not None:
+        raise UnsupportedModelError("the model adds a position bias to its scores, which swaa_flex does not support")
+    for name in _CHOOSING:
+        if given.get(name) is not None:
+            raise UnsupportedModelError(
+                f"the model chooses keys or adds sinks by {name}=, which swaa_flex does not support"
+            )

@@ -189,19 +189,6 @@ class SWAACache(Cache):
         growing = len(self.layers) - sum(1 for ring in rings if not ring.hold_prompt)
         return token * growing, token * sum(ring.slots for ring in rings)
 
-    def stored_after(self, seen: Tensor, layer_idx: int, first: Tensor | None = None) -> Stored:
-        """Which columns a layer's keys will belong to when several tokens come after `seen` columns (fixed size).
-
-        Args:
-            seen: columns before, 0-d.
-            layer_idx: of the layer.
-            first: column of each sequence's first token, `[batch]`, None for what the cache knows.
-        """
-        layer = self.layers[layer_idx]
-        if isinstance(layer, StaticSinksAndWindowLayer) and not layer.holding:
-            return Stored(self, layer, layer.sink_tokens, layer.start_of_window(seen), known_first=first)
-        return Stored(self, layer, known_first=first)
-
     def start(self, first: Tensor) -> None:
         """Begins sequences in an empty cache of fixed size, the way compiled forwards need it.
 
@@ -212,6 +199,27 @@ class SWAACache(Cache):
         for layer in self.layers:
             if isinstance(layer, StaticSinksAndWindowLayer):
                 layer.start()
+
+    def keep_addresses(self) -> None:
+        """Lets layers keep their memory where it is from request to request, as CUDA graphs need it (fixed size)."""
+        for layer in self.layers:
+            if isinstance(layer, StaticSinksAndWindowLayer):
+                layer.keeps_addresses = True
+
+    def restart(self, first: Tensor) -> None:
+        """Begins other sequences in a cache of fixed size that has been used; what lies in it stays, unseen.
+
+        Args:
+            first: column of each sequence's first token, `[batch]`.
+        """
+        self._is_broken = False
+        self._not_updated = set()
+        self._pads.set(first)
+        for layer in self.layers:
+            if isinstance(layer, StaticSinksAndWindowLayer):
+                layer.restart()
+            else:
+                layer.cumulative_length.zero_()
 
     def check(self, config: PreTrainedConfig) -> None:
         """Refuses a forward of another model or under another recipe than the cache was made for.
@@ -471,7 +479,7 @@ def _lacks_keys(layer: Any) -> bool:
 
 def _tensors(layer: Any) -> Iterator[Tensor]:
     """What a layer of a cache holds: keys, values, a ring, and the states of recurrent layers by number."""
-    for name in ("keys", "values", "ring", "conv_states", "recurrent_states"):
+    for name in ("keys", "values", "ring", "held", "conv_states", "recurrent_states"):
         held = getattr(layer, name, None)
         for tensor in held.values() if isinstance(held, dict) else held if isinstance(held, tuple) else (held,):
             if isinstance(tensor, Tensor):
@@ -487,12 +495,11 @@ class Stored:
     sink_slots: int = 0  # leading slots for the first tokens of each sequence
     start: int | Tensor = 0  # column of the slot after them (of each sequence), the rest follows in order ...
     ring: bool = False  # ... unless the slots after the sinks are a ring
-    known_first: Tensor | None = None  # column of each sequence's first token, as the caller knows it
 
     @property
     def first(self) -> Tensor | None:
         """Column of each sequence's first token, `[batch]`, None without pads."""
-        return self.cache.first if self.known_first is None else self.known_first
+        return self.cache.first
 
     @property
     def complete(self) -> bool:

@@ -143,6 +143,8 @@ class StaticSinksAndWindowLayer(StaticLayer):
         self.slots = sink_tokens + sliding_window
         self.hold_prompt = hold_prompt
         self.ring: tuple[Tensor, Tensor] | None = None
+        self.keeps_addresses = False  # for CUDA graphs: what holds a prompt is not given back when decoding begins
+        self.held: tuple[Tensor, Tensor] | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -274,6 +276,7 @@ class StaticSinksAndWindowLayer(StaticLayer):
         assert self.ring is not None
         for ring, held in zip(self.ring, (self.keys, self.values), strict=True):
             ring.copy_(_take(held, column))
+        self.held = (self.keys, self.values) if self.keeps_addresses else None
         self.keys, self.values = self.ring
         self.max_cache_len = self.slots
         self.holding = False
@@ -287,6 +290,15 @@ class StaticSinksAndWindowLayer(StaticLayer):
 
     def get_max_length(self) -> int:
         return self.max_length
+
+    def restart(self) -> None:
+        """Begins other sequences, as `reset` and `start` do, at the same addresses; nothing is written over."""
+        self._forget()
+        self.empty, self.lengths_known = False, True
+        if self.holding and self.held is not None:
+            self.keys, self.values = self.held
+            self.max_cache_len = self.max_length
+        self.cumulative_length.zero_()
 
     def reset(self) -> None:
         if self.hold_prompt and not self.holding:

@@ -1,7 +1,7 @@
 """`compile`: a model with a cache of fixed size, compiled once for every prompt length.
 
-Prompts are padded on the left to whole chunks, so that a handful of static shapes serves every length: the first
-chunk takes the smallest of a few sizes, the others are whole. On a GPU the decode step is a CUDA graph.
+A prompt is cut into chunks of a few sizes (`chunks`), padded on the left in the first one. Layers are compiled one by
+one (`prompt_attention`). On a GPU each size of chunk is a CUDA graph, and so is the decode step (`graphs`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,15 +20,12 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from ..algebra import holds_integers
 from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from .cache import CACHE, SWAACache
+from .chunks import SMALLEST, cut, ladder, most_pads
 from .config import swaa_of
-from .fused_linear import fuse_projections, projections_are_intact
+from .graphs import Graphs
 from .prompt import prompt
-from .prompt_attention import PromptChunk
-from .receipt import refuse_dropped_keywords
+from .prompt_attention import PromptChunk, PromptModel
 from .surroundings import surroundings
-
-BLOCK = 128
-FIRST_CHUNK_SHARE = 8  # the small size of the first chunk is this part of a whole one
 
 
 def compile(
@@ -47,10 +43,8 @@ def compile(
         model: a model with `attn_implementation="swaa_flex"`.
         max_length: the most tokens of a request, prompt and answer together.
         batch_size: sequences that are decoded together; a request may have fewer.
-        prefill_chunk: tokens of a prompt that are computed at once; a multiple of 128. The host has each chunk to plan
-            and the attention of each layer to call, so that short chunks take longer (benchmarks/model.py). Layers
-            that keep every key have room for one more chunk, for pads: a short one saves memory where max_length is
-            short.
+        prefill_chunk: the most tokens of a prompt that are computed at once; a multiple of 128. There are smaller
+            sizes for the rest of a prompt, each half of the one before. Activations take memory for one chunk.
         options: of `torch.compile` for the decode step.
         backend: of `torch.compile`; None: "inductor" on a GPU, no compilation on a CPU, where it takes minutes.
 
@@ -75,11 +69,7 @@ def _for_requests(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def alone(self: CompiledModel, *args: Any, **kwargs: Any) -> Any:
         with self._lock, torch.autocast(self.device.type, enabled=False):
-            before, surroundings.shares_projections = surroundings.shares_projections, True
-            try:
-                return plain(self, *args, **kwargs)
-            finally:
-                surroundings.shares_projections = before
+            return plain(self, *args, **kwargs)
 
     return alone
 
@@ -108,8 +98,8 @@ class CompiledModel:
         for name, value in (("max_length", max_length), ("batch_size", batch_size), ("prefill_chunk", prefill_chunk)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r}: expected a positive number")
-        if prefill_chunk % BLOCK:
-            raise ConfigError(f"prefill_chunk={prefill_chunk}: expected a multiple of {BLOCK}")
+        if prefill_chunk % SMALLEST:
+            raise ConfigError(f"prefill_chunk={prefill_chunk}: expected a multiple of {SMALLEST}")
         if not callable(getattr(model, "can_generate", None)) or not model.can_generate():
             raise ConfigError(f"expected a causal language model of transformers, got {type(model).__name__}")
         if model.config._attn_implementation != "swaa_flex":
@@ -122,49 +112,51 @@ class CompiledModel:
         self.model = model.eval()
         self.max_length = max_length
         self.batch_size = batch_size
-        small = -(-prefill_chunk // FIRST_CHUNK_SHARE // BLOCK) * BLOCK
-        self.chunks = tuple(sorted({min(size, -(-max_length // BLOCK) * BLOCK) for size in (small, prefill_chunk)}))
-        capacity = -(-(max_length + self.chunks[-1]) // BLOCK) * BLOCK
-        self.cache = SWAACache(model.config, max_length=capacity)
+        self.chunks = ladder(min(prefill_chunk, _whole_blocks(max_length)))
+        self.cache = SWAACache(model.config, max_length=_whole_blocks(max_length + most_pads(max_length, self.chunks)))
+        self.cache.keep_addresses()
         _refuse_what_takes_pads(self.cache)
         self.device = model.device
         self.first = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
-        self.logits: Tensor | None = None
         self._lock = threading.RLock()
         self._owner = 0  # the thread that began the request
         self.rows = 0  # sequences of the request, at most batch_size
         self.room = 0  # decode steps that the request may still take
         if backend is None and self.device.type == "cuda":
             backend = "inductor"
-        if backend is not None:
-            refuse_dropped_keywords(model)
-            fuse_projections(model)
-        self._outside_graph = backend is not None
-        self._prefill_chunk = _compiled(_prefill_chunk, backend)
+        self._prompt_model = PromptModel(model, backend)
         self._decode = _compiled(_decode, backend, options)
         self._addresses, self._hooks = _addresses(model), _hooks(model)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs = Graphs(self.device)
+        self._ids = {size: torch.zeros(batch_size, size, dtype=torch.long, device=self.device) for size in self.chunks}
+        self._prompts: dict[tuple[int, int | None], Callable[[], Tensor]] = {}  # by size and dense tail
+        self._begin: Callable[[], None]
+        self._end: Callable[[], None]
+        self._step: Callable[[], Tensor]
         self._is_warm = False
 
     # --- requests ---------------------------------------------------------------------------------------------
 
     @_for_requests
-    def warmup(self) -> CompiledModel:
-        """Compiles everything a request can need; three to five minutes for a model of four billion parameters.
+    def warmup(self, *, all: bool = False) -> CompiledModel:
+        """Makes what every request needs: the decode step and the smallest chunk. Other sizes are made when needed.
+
+        Args:
+            all: whether to make all sizes now, so that no request waits for one.
 
         Raises:
             DoesNotFitError: if the memory of the device does not suffice; says which max_length would fit.
         """
-        if self._is_warm:
-            return self
-        held = _free_memory(self.device)
+        free = _free_memory(self.device)
         try:
-            self._run_everything()
+            if not self._is_warm:
+                self._make_steps()
+                self._is_warm = True
+            self._make_prompts(self.chunks if all else self.chunks[:1], None)
         except torch.OutOfMemoryError as error:
-            raise self._does_not_fit(held) from error
-        self._is_warm = True
+            raise self._does_not_fit(free) from error
         return self
 
     @_for_requests
@@ -210,7 +202,8 @@ class CompiledModel:
             raise ConfigError(f"the request has reached max_length={self.max_length} tokens; compile for more")
         self.rows = self.room = 0  # an interrupted step cannot be gone on with
         self.tokens[:rows, 0] = tokens.reshape(-1)
-        logits = self._step()[:rows]
+        with prompt():  # whatever surrounds the call
+            logits = self._step()[:rows]
         self.rows, self.room = rows, room - 1
         return logits
 
@@ -339,8 +332,7 @@ class CompiledModel:
                 f"the model was compiled for {self.cache.swaa} and runs {recipe or implementation} by now; "
                 "call swaa_flex.adapt, if need be, and swaa_flex.compile again"
             )
-        intact = _hooks(self.model) == self._hooks and projections_are_intact(self.model)
-        if _addresses(self.model) != self._addresses or not intact:
+        if _addresses(self.model) != self._addresses or _hooks(self.model) != self._hooks:
             raise ConfigError(
                 "the model's weights were replaced (moved, converted, or assigned), or a layer replaced or hooked, "
                 "after it was compiled; call swaa_flex.compile again"
@@ -349,80 +341,61 @@ class CompiledModel:
     def _prefill(self, prompts: list[Tensor]) -> Tensor:
         self.rows = self.room = 0  # an interrupted prompt cannot be gone on with
         longest = max(len(row) for row in prompts)
-        sizes = self._chunk_sizes(longest)
+        sizes, tail = cut(longest, self.chunks), surroundings.prompt.dense_tail
+        self._make_prompts(sizes, tail)
         columns = sum(sizes)
         ids = torch.zeros(self.batch_size, columns, dtype=torch.long, device=self.device)
         for index in range(self.batch_size):  # an incomplete batch repeats its last sequence
             row = prompts[min(index, len(prompts) - 1)]
             ids[index, columns - len(row) :] = row
         lengths = torch.tensor([len(prompts[min(i, len(prompts) - 1)]) for i in range(self.batch_size)])
-        self.cache.reset()
         self.lengths.copy_(lengths)
-        first = columns - lengths
-        self.first.copy_(first)
-        self.cache.start(self.first)
-        done = 0
-        logits = None
+        self.first.copy_(columns - lengths)
+        self._begin()
+        done, logits = 0, None
         for size in sizes:
-            # Flattened, as a slice of one row counts as contiguous with any stride, and each would be compiled.
-            chunk = ids[:, done : done + size].flatten().view(-1, size)
-            known = (done, size, first, lengths)
-            outside = PromptChunk(self.model, self.cache, *known) if self._outside_graph else nullcontext()
-            # A graph is told by keyword, as torch 2.11 cannot trace this tensor. Not all models hand keywords on.
-            lengths_of_all = None if self._outside_graph else self.lengths
-            with prompt(lengths_of_all, dense_tail=surroundings.prompt.dense_tail), outside:
-                logits = self._prefill_chunk(self, chunk)
+            self._ids[size].copy_(ids[:, done : done + size])
+            logits = self._prompts[size, tail]()
             done += size
         assert logits is not None
-        self.cache.begin_decoding()
+        self._end()
         self.rows, self.room, self._owner = len(prompts), self.max_length - longest, threading.get_ident()
-        return logits[: self.rows]
+        return logits[: self.rows].clone()
 
-    def _chunk_sizes(self, length: int) -> list[int]:
-        whole, rest = divmod(length, self.chunks[-1])
-        return [min(size for size in self.chunks if size >= rest)] * (rest > 0) + [self.chunks[-1]] * whole
-
-    def _step(self) -> Tensor:
-        if self._graph is None:
-            with prompt():  # whatever surrounds the call: the graph of a GPU does not look
-                return self._decode(self)
-        self._graph.replay()
-        assert self.logits is not None
-        return self.logits
-
-    def _run_everything(self) -> None:
-        """Each shape once."""
-        with prompt():  # graphs remember what they are told while they are made
-            self._initialise()
-            for size in self.chunks:
-                self._prefill([torch.ones(min(size, self.max_length), dtype=torch.long, device=self.device)])
-            self._warm_decode()
-        self.room = self.rows = 0
-
-    def _initialise(self) -> None:
-        """A forward that is not compiled lets the cache learn the shapes of keys and values."""
-        ids = torch.ones(self.batch_size, BLOCK, dtype=torch.long, device=self.device)
+    def _make_steps(self) -> None:
+        """What surrounds prompts, and the decode step."""
         self.cache.reset()  # an earlier warm-up may have been interrupted
-        with prompt(BLOCK):
-            self.model(ids, **{CACHE: self.cache}, logits_to_keep=1)
+        self._store_nothing()
+        self._begin = self._graphs.capture(lambda: self.cache.restart(self.first))
+        self._end = self._graphs.capture(self._release)
+        with prompt():  # graphs remember what they are told while they are made
+            self._step = self._graphs.capture(lambda: self._decode(self))
+
+    def _make_prompts(self, sizes: Sequence[int], tail: int | None) -> None:
+        """The chunks of these sizes that there are not yet. What lies in the cache is lost."""
+        for size in sizes:
+            if (size, tail) not in self._prompts:
+                self.rows = self.room = 0
+                self.cache.restart(self.first)
+                with prompt(dense_tail=tail):
+                    self._prompts[size, tail] = self._graphs.capture(functools.partial(self._chunk, size, tail))
+
+    def _store_nothing(self) -> None:
+        """A chunk that only stores, so that layers make room for keys and values of their shapes."""
+        size = self.chunks[0]
+        chunk = PromptChunk(self.model, self.cache, size, self.lengths, only_stores=True)
+        self._prompt_model(self._ids[size], self._ids[size], chunk)
+        self.cache.restart(self.first)
+
+    def _release(self) -> None:
         self.cache.begin_decoding()
 
-    def _warm_decode(self) -> None:
-        self._decode(self)
-        if self.device.type == "cuda":
-            self._capture()
-
-    def _capture(self) -> None:
-        """The decode step as a CUDA graph."""
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            self._decode(self)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits = self._decode(self)
-        self._graph = graph
+    def _chunk(self, size: int, tail: int | None) -> Tensor:
+        """The next chunk of the prompts, from `_ids`: logits after its last tokens, `[batch_size, vocab]`."""
+        columns = torch.arange(size, device=self.device) + self.cache.get_seq_length()
+        with prompt(dense_tail=tail):
+            chunk = PromptChunk(self.model, self.cache, size, self.lengths)
+            return self._prompt_model(self._ids[size], (columns - self.first[:, None]).clamp(min=0), chunk)
 
     def _does_not_fit(self, free: int) -> DoesNotFitError:
         """The error for `free` bytes before anything was allocated, a fifth of them reckoned for activations."""
@@ -430,8 +403,11 @@ class CompiledModel:
         capacity = self.cache.max_length or 0
         needed = per_token * capacity + fixed
         fits = int((free * 0.8 - fixed) / per_token) - self.chunks[-1] if per_token else 0
-        fits = fits // BLOCK * BLOCK
+        fits = fits // SMALLEST * SMALLEST
         self.cache = SWAACache(self.model.config, max_length=capacity)  # what was allocated goes
+        self.cache.keep_addresses()
+        self._prompts.clear()
+        self._is_warm = False
         if 0 < fits < self.max_length:
             way_out = f"max_length={fits} would fit"
         else:  # they would fit, or no length of them would: the rest is too large
@@ -524,27 +500,15 @@ def _compiled(
     return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, options=options)
 
 
-def _prefill_chunk(compiled: CompiledModel, ids: Tensor) -> Tensor:
-    seen = compiled.cache.get_seq_length()
-    columns = torch.arange(ids.shape[1], device=ids.device) + seen
-    told = {"prompt_lengths": compiled.lengths, "outside_graph": True} if compiled._outside_graph else {}
-    return _last_logits(
-        compiled,
-        input_ids=ids,
-        position_ids=(columns - compiled.first[:, None]).clamp(min=0),
-        logits_to_keep=1,
-        **told,
-    )
-
-
 def _decode(compiled: CompiledModel) -> Tensor:
     seen = compiled.cache.get_seq_length()
-    return _last_logits(compiled, input_ids=compiled.tokens, position_ids=(seen - compiled.first)[:, None])
-
-
-def _last_logits(compiled: CompiledModel, **inputs: Any) -> Tensor:
-    out = compiled.model(**{CACHE: compiled.cache}, **inputs)
+    positions = (seen - compiled.first)[:, None]
+    out = compiled.model(input_ids=compiled.tokens, position_ids=positions, **{CACHE: compiled.cache})
     return out.logits[:, -1]  # type: ignore[no-any-return]
+
+
+def _whole_blocks(length: int) -> int:
+    return -(-length // SMALLEST) * SMALLEST
 
 
 class _Flag:

@@ -82,11 +82,7 @@ def told_by_labels(given: dict[str, Any], virtual_tokens: int = 0) -> dict[str, 
             _refuse_continued(text, padding, decode_rows)
         if given.get("input_ids") is None and text is labels:
             _refuse_embedded(decode_rows)
-    if text is not labels:
-        # By index: FlexAttention compiles no mask that reads what `F.pad` makes in its graph (see `layer_mask`).
-        column = torch.arange(labels.shape[1], device=labels.device) - virtual_tokens
-        decode_rows = decode_rows[:, column.clamp(min=0)] & (column >= 0)
-    return given | {"decode_rows": decode_rows}
+    return given | {"decode_rows": F.pad(decode_rows, (labels.shape[1] - text.shape[1], 0))}
 
 
 _WAY_OUT = (

@@ -216,11 +216,6 @@ class ForwardMask(BlockMask):
             )
         return self.moved[device]
 
-    def on_host(self, q_offset: int) -> ForwardMask:
-        """The same on the CPU, for a caller that knows the offset and whatever else the masks of layers hold."""
-        assert self.forward.ends is None
-        return ForwardMask(replace(self.forward, q_offset=q_offset, device=torch.device("cpu")))
-
     def contiguous(self) -> ForwardMask:
         """Itself; `generate` calls it on what it hands to a compiled forward."""
         return self
@@ -276,7 +271,6 @@ class ForwardMask(BlockMask):
         position_ids: Tensor | None = None,
         needs_grad: bool = False,
         module: nn.Module | None = None,
-        twin: Callable[[], Mask] | None = None,
     ) -> AttentionPlan:
         """The plan for a layer, made at the first layer of its kind.
 
@@ -290,7 +284,6 @@ class ForwardMask(BlockMask):
             position_ids: of this forward, for packed rows.
             needs_grad: whether the backward pass will run.
             module: of the layer, to warn where nobody says where prompts end; None for no warning.
-            twin: makes the mask of the layer on the CPU, see `plan`.
         """
         forward = self.forward
         kind = self._kinds()[layer]
@@ -318,7 +311,6 @@ class ForwardMask(BlockMask):
                 needs_grad=needs_grad,
                 head_dim=query.shape[-1],
                 value_dim=value.shape[-1],
-                twin=None if twin is None else twin(),
             )
         return self.plans[variant]
 

@@ -1,44 +1,100 @@
-"""Attention of compiled prompts, outside of their graph.
+"""Attention of compiled prompts: one opaque operator per layer, in layers that are compiled once for all of a kind.
 
-The graph of a prompt calls one opaque operator per layer. When it runs, attention is planned and called as in a
-forward that is not compiled: with kernels that a graph cannot hold (FLASH, whose captured tensors inductor frees too
-early in torch 2.11; Triton's with loads by TMA), one plan for all layers of a kind, and nothing to compile per layer.
+A compiled model computes prompts with a copy of its modules that shares their weights (`PromptModel`). Its layers are
+compiled one by one. Nothing in a layer's graph tells which layer it is, so that one graph serves all layers of a kind:
+the number of the layer comes as a tensor, and cache, masks and kernels are behind the operator. They are no part of
+inductor's graph, but of the CUDA graph of the whole chunk.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
+import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..algebra import Mask
 from ..attention import attention
-from ..masks import offset
+from .attention import refuse_other_attention
 from .cache import CACHE, SWAACache
 from .mask import ForwardMask
 from .surroundings import surroundings
 
+NAME = "swaa_flex_prompt"
+"""The attention implementation of a `PromptModel`."""
 
-class PromptChunk:
-    """What attention has to know while the graph of a chunk of prompts runs; a context manager around the graph.
+
+class PromptModel:
+    """A model that computes chunks of prompts, on the weights of another.
 
     Args:
-        model: that is compiled.
+        model: whose weights it uses. It stays as it is.
+        backend: of `torch.compile` for its layers, None for no compilation.
+    """
+
+    def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] | None) -> None:
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self.model = copy.deepcopy(model, shared)
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "swaa_flex":
+                module.config._attn_implementation_internal = NAME
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.swaa_layer = torch.tensor(module.layer_idx)
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.layers = [layer for layer in layers if any(hasattr(module, "swaa_layer") for module in layer.modules())]
+        self.backend = backend
+        self._compiled: dict[int, Callable[..., Any]] = {}
+
+    def __call__(self, ids: Tensor, positions: Tensor, chunk: PromptChunk) -> Tensor:
+        """Logits after the last token of each sequence, `[batch, vocab]`.
+
+        Args:
+            ids: `[batch, size]`.
+            positions: `[batch, size]`.
+            chunk: what attention has to know.
+        """
+        if self.backend is not None and not chunk.only_stores:
+            self._use_compiled(ids.shape[1], self.backend)
+        with chunk:
+            out = self.model(
+                input_ids=ids, position_ids=positions, attention_mask=chunk.masks, use_cache=False, logits_to_keep=1
+            )
+        return out.logits[:, -1]  # type: ignore[no-any-return]
+
+    def _use_compiled(self, size: int, backend: str | Callable[..., Any]) -> None:
+        """Lets each layer run what is compiled for chunks of a size: torch.compile counts variants per code object."""
+        if size not in self._compiled:
+            own = types.FunctionType(_call.__code__.replace(), _call.__globals__, f"layer_of_{size}_tokens")
+            self._compiled[size] = torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
+        for layer in self.layers:
+            layer._compiled_call_impl = functools.partial(self._compiled[size], layer)
+
+
+def _call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return layer._call_impl(*args, **kwargs)
+
+
+class PromptChunk:
+    """What attention has to know while a `PromptModel` runs a chunk of prompts; a context manager around the model.
+
+    Args:
+        model: whose cache it is.
         cache: of fixed size, before the chunk.
-        seen: columns before the chunk.
         size: columns of the chunk, pads included.
-        first: column of each sequence's first token, `[batch]`, on the CPU.
-        lengths: tokens of each prompt, `[batch]`, on the CPU.
+        lengths: tokens of each prompt, `[batch]`.
+        only_stores: whether keys and values are stored, which makes room for them, and nothing else is computed.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: SWAACache, seen: int, size: int, first: Tensor, lengths: Tensor
+        self, model: PreTrainedModel, cache: SWAACache, size: int, lengths: Tensor, only_stores: bool = False
     ) -> None:
-        self.cache = cache
+        self.cache, self.lengths, self.only_stores = cache, lengths, only_stores
         self.layer_types = getattr(model.config.get_text_config(), "layer_types", None)
         # A model with several types of layers has a mask for each.
         self.masks: ForwardMask | dict[str, ForwardMask] = create_masks_for_generate(
@@ -47,9 +103,6 @@ class PromptChunk:
             None,
             **{CACHE: cache},
         )
-        # The same numbers in tensors that kernels read, as they change from chunk to chunk, and on the host.
-        self.seen, self.lengths = (x.to(model.device, non_blocking=True) for x in (torch.tensor(seen), lengths))
-        self.seen_on_host, self.first_on_host, self.lengths_on_host = torch.tensor(seen), first, lengths
         self.dispatch = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
     def __enter__(self) -> PromptChunk:
@@ -60,16 +113,22 @@ class PromptChunk:
         surroundings.chunk = self.before
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, layer: int, **options: Any) -> Tensor:
-        """Attention of a layer, `[batch, q_len, heads, head_dim]`."""
-        mask, source = self.mask(layer), self.cache.stored_after(self.seen, layer)
+        """Stores the new keys and values of a layer, and computes its attention, `[batch, q_len, heads, head_dim]`."""
+        key, value = self.cache.update(key, value, layer)
+        source = self.cache.stored(layer, key)
+        assert source is not None
+        if self.only_stores:
+            source.release(lengths_known=True, decoding=False)
+            return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        mask = self.mask(layer)
         info = mask.prompt_info(self.lengths, None)
-        twin = functools.partial(self.mask_on_host, layer, key.shape[2])
-        plan = mask.plan_for(layer, query, key, value, info, source, twin=twin)
+        plan = mask.plan_for(layer, query, key, value, info, source)
         # A graph runs for the first time with other dispatch keys than later, for which torch.compile would make
         # every kernel twice (torch 2.11 to 2.13).
         with torch._C._ForceDispatchKeyGuard(*self.dispatch):
             out = attention(query, key, value, plan, **options)
         assert isinstance(out, Tensor)
+        source.release(lengths_known=True, decoding=False)
         return out.transpose(1, 2).contiguous()
 
     def mask(self, layer: int) -> ForwardMask:
@@ -79,32 +138,44 @@ class PromptChunk:
         assert self.layer_types is not None
         return self.masks[self.layer_types[layer]]
 
-    def mask_on_host(self, layer: int, kv_len: int) -> Mask:
-        """What a layer's rows see, from numbers that the host knows; the first row is row 0."""
-        seen = int(self.seen_on_host)
-        mask = self.mask(layer).on_host(seen)
-        source = self.cache.stored_after(self.seen_on_host, layer, self.first_on_host)
-        info = mask.prompt_info(self.lengths_on_host, None)
-        return offset(mask.mask_for(layer, kv_len, info, source), q=seen)
-
 
 @torch.library.custom_op("swaa_flex::prompt_attention", mutates_args=())
 def prompt_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layer: int,
+    layer: Tensor,
     scale: float | None,
     softcap: float | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """Attention of a layer in the `PromptChunk` that runs, `[batch, q_len, heads, head_dim]`."""
+    """Attention of a layer in the `PromptChunk` that runs, `[batch, q_len, heads, head_dim]`; see there."""
     assert surroundings.chunk is not None
     return surroundings.chunk.attention(
-        query, key, value, layer, scale=scale, softcap=softcap, sink_logits=sink_logits
+        query, key, value, int(layer), scale=scale, softcap=softcap, sink_logits=sink_logits
     )
 
 
 @prompt_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def prompt_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of a `PromptModel`, see `attention_forward`."""
+    refuse_other_attention(dropout, **kwargs)
+    return prompt_attention(query, key, value, module.swaa_layer, scaling, softcap, s_aux), None
+
+
+AttentionInterface.register(NAME, prompt_attention_forward)

@@ -42,10 +42,8 @@ class Surroundings(threading.local):
     Attributes:
         prompt: what the `prompt(...)` says that surrounds the code. `prompt` writes it and puts back what was there
             when its block is left, by an exception too. The mask of a forward reads it once, when it is made.
-        chunk: the chunk of prompts whose graph is running. `PromptChunk` writes it around the call of the graph, and
-            the opaque operator in the graph reads it: operators take tensors and numbers only.
-        shares_projections: whether `CompiledModel` runs or traces its model, whose projections are then computed
-            together. `CompiledModel` writes it around each call, and each projection reads it.
+        chunk: the chunk of prompts that a `PromptModel` runs. `PromptChunk` writes it around the model, and the opaque
+            operator in each layer's graph reads it: operators take tensors and numbers only.
         prompt_ends: for each layer, where its last prompt of unknown length ended. The mask of a prompt writes it and
             reads it to warn of prompts in pieces. It changes no result, and goes after a warning, or with the layer.
     """
@@ -53,7 +51,6 @@ class Surroundings(threading.local):
     def __init__(self) -> None:
         self.prompt = NOTHING_KNOWN
         self.chunk: PromptChunk | None = None
-        self.shares_projections = False
         self.prompt_ends: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
