@@ -297,8 +297,8 @@ def with_tensors_in_memory(mask: Mask) -> Mask:
     """The same mask in a compiled graph, its tensors computed before the attention kernel that looks into them.
 
     Inductor inlines what can be inlined, and its kernels cannot be generated then (on a CPU "No choices to select", on
-    CUDA where the tensor is padded or has no layout yet; torch 2.11 to 2.14). A view with the strides that a tensor has
-    changes nothing, but asks for the tensor in memory.
+    CUDA if the tensor is padded or has no layout yet; torch 2.11 to 2.14). A view with the strides that a tensor has
+    changes nothing, but asks for it in memory.
     """
     changed: Mask = _mapped(mask, _in_memory)
     return changed

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateNonBeamOutput
 
 from ..algebra import holds_integers
 from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
@@ -25,6 +28,7 @@ from .config import swaa_of
 from .graphs import Graphs
 from .prompt import prompt
 from .prompt_attention import PromptChunk, PromptModel
+from .serving import ServedModel, is_given, refuse, refuse_what_is_not_honoured, without_preparations
 from .surroundings import surroundings
 
 
@@ -124,6 +128,7 @@ class CompiledModel:
         self._owner = 0  # the thread that began the request
         self.rows = 0  # sequences of the request, at most batch_size
         self.room = 0  # decode steps that the request may still take
+        self.calls = 0  # requests and decode steps up to now
         if backend is None and self.device.type == "cuda":
             backend = "inductor"
         self._prompt_model = PromptModel(model, backend)
@@ -173,10 +178,7 @@ class CompiledModel:
         Raises:
             ConfigError: if the request has more sequences or tokens than the model was compiled for.
         """
-        prompts = self._checked(input_ids, attention_mask)
-        self._check_model()
-        self.warmup()
-        return self._prefill(prompts)
+        return self._begin(input_ids, attention_mask)
 
     @_for_requests
     def decode_step(self, tokens: Tensor) -> Tensor:
@@ -200,6 +202,7 @@ class CompiledModel:
         _check_chosen(tokens, rows, "decode_step")
         if room == 0:
             raise ConfigError(f"the request has reached max_length={self.max_length} tokens; compile for more")
+        self.calls += 1
         self.rows = self.room = 0  # an interrupted step cannot be gone on with
         self.tokens[:rows, 0] = tokens.reshape(-1)
         with prompt():  # whatever surrounds the call
@@ -210,72 +213,85 @@ class CompiledModel:
     @_for_requests
     def generate(
         self,
-        input_ids: Tensor | Sequence[Sequence[int]],
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 128,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        sample: Callable[[Tensor], Tensor] | None = None,
-        streamer: Any = None,
-    ) -> Tensor:
-        """Answers prompts.
+        inputs: Tensor | Sequence[Sequence[int]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> GenerateNonBeamOutput | torch.LongTensor:
+        """Answers prompts as `generate` of transformers does, whose code chooses tokens and stops.
+
+        It takes what that takes for greedy decoding and sampling: a `GenerationConfig` or its fields, logits
+        processors, stopping criteria, stop strings, a streamer, `return_dict_in_generate`, `num_return_sequences` up
+        to `batch_size` sequences. `model.generate(..., custom_generate=server)` is the same, but there transformers
+        (5.17 to 5.24) hands on neither `streamer` nor `tokenizer`.
+
+        After each token the host reads whether all answers have ended, as with any model. It waits for the device
+        once per token there, and nowhere else unless something that was handed in does.
 
         Args:
-            input_ids: `[sequences, len]`, or a list of token lists.
-            attention_mask: `[sequences, len]`, 0 for pads.
-            max_new_tokens: the most tokens per answer.
-            eos_token_id: ends an answer; the model's generation config if None.
-            pad_token_id: fills answers that ended before others; likewise.
-            sample: from logits `[sequences, vocab]` to tokens `[sequences]`; the most likely one if None.
-            streamer: a streamer of transformers, for one sequence.
+            inputs: `[sequences, len]`, also as `input_ids=`, beside `attention_mask=`. Or a list of token lists, which
+                are padded on the left.
+            generation_config: of the request; the model's if None.
+            kwargs: of transformers' `generate`.
 
         Returns:
-            The new tokens, `[sequences, at most max_new_tokens]`.
+            Prompts and answers, `[sequences, len]`, or an output that holds them, if the config asks for one. It has
+            no cache, as the next request overwrites that.
 
         Raises:
-            ConfigError: if the request has more sequences or tokens than the model was compiled for.
+            ConfigError: if the request has more sequences or tokens than the model was compiled for, or asks for what
+                needs another cache or other forwards, such as beams and assistants.
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens={max_new_tokens!r}: expected a number of tokens, at least 1")
-        prompts = self._checked(input_ids, attention_mask, max_new_tokens)
-        if streamer is not None and len(prompts) > 1:
-            raise ConfigError(f"a streamer shows one sequence, and the request has {len(prompts)}: ask one by one")
-        self._check_model()
-        defaults = self.model.generation_config
-        eos_token_id = defaults.eos_token_id if eos_token_id is None else eos_token_id
-        ends = torch.as_tensor([] if eos_token_id is None else eos_token_id, device=self.device).reshape(-1)
-        if ends.numel() > 0 and not holds_integers(ends):
-            raise ConfigError(f"eos_token_id={eos_token_id!r}: expected a token id, or a list of them")
-        pad = defaults.pad_token_id if pad_token_id is None else pad_token_id
-        pad = pad if pad is not None else int(ends[0]) if len(ends) else 0
-        self.warmup()
-        logits = self._prefill(prompts)
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
-        chosen: list[Tensor] = []
-        all_finished = _Flag(self.device)
-        if streamer is not None:
-            streamer.put(prompts[0].cpu())  # as generate of transformers does, for streamers that skip it
-        for step in range(max_new_tokens):
-            tokens = logits.argmax(-1) if sample is None else sample(logits)
-            _check_chosen(tokens, len(prompts), "sample")
-            tokens = tokens.reshape(-1)
-            if streamer is not None and not bool(finished.all()):
-                streamer.put(tokens.cpu())
-            tokens = torch.where(finished, pad, tokens)
-            finished = finished | torch.isin(tokens, ends)
-            chosen.append(tokens)
-            # The flag of the step before: reading this one's would make the device wait for the host.
-            if all_finished.was_set() or step == max_new_tokens - 1:
-                break
-            all_finished.set(finished.all())
-            logits = self.decode_step(tokens)
-        if streamer is not None:
-            streamer.end()
-        answer = torch.stack(chosen, dim=1)
-        return answer[:, : int(_lengths(answer, ends).max())]
+        refuse([name for name in _NOT_HONOURED if is_given(kwargs.get(name))])
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is not None:
+            prompts = self._checked(input_ids, kwargs.get("attention_mask"))
+            if not isinstance(input_ids, Tensor):
+                pad = self.model.generation_config.pad_token_id or 0
+                input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
+                real = [torch.ones_like(row) for row in prompts]
+                kwargs["attention_mask"] = pad_sequence(real, batch_first=True, padding_side="left")
+        return ServedModel(self).generate(  # type: ignore[no-any-return]
+            input_ids, generation_config, **kwargs | {"synced_gpus": False}
+        )
+
+    @_for_requests
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **kwargs: Any,
+    ) -> GenerateNonBeamOutput | torch.LongTensor:
+        """The decoding method of `model.generate(..., custom_generate=server)`; see `generate`."""
+        if model is not self.model:
+            raise ConfigError("custom_generate: another model was compiled than the one whose generate was called")
+        inputs = without_preparations(input_ids, kwargs)
+        refuse_what_is_not_honoured(generation_config, inputs | {"synced_gpus": synced_gpus})
+        return ServedModel(self)._sample(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            streamer=streamer,
+            attention_mask=inputs.get("attention_mask"),
+            use_cache=True,
+        )
 
     # --- inside -----------------------------------------------------------------------------------------------
+
+    def _begin(
+        self, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, new: int = 0
+    ) -> Tensor:
+        """Starts a request that will have `new` tokens more than its prompts."""
+        prompts = self._checked(input_ids, attention_mask, new)
+        self._check_model()
+        self.warmup()
+        self.calls += 1
+        return self._prefill(prompts)
 
     def _checked(
         self, input_ids: Tensor | Sequence[Sequence[int]], attention_mask: Tensor | None, new: int = 0
@@ -419,6 +435,10 @@ class CompiledModel:
         )
 
 
+_NOT_HONOURED = ("assistant_model", "custom_generate", "synced_gpus", "cache_implementation")
+"""Arguments of `generate` of transformers that make it do something else than to decode."""
+
+
 def _as_ids(row: Any, number: int) -> Tensor:
     """A sequence of a request as a tensor `[len]`."""
     try:
@@ -509,30 +529,6 @@ def _decode(compiled: CompiledModel) -> Tensor:
 
 def _whole_blocks(length: int) -> int:
     return -(-length // SMALLEST) * SMALLEST
-
-
-class _Flag:
-    """A bool of the device, read without making the device wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.value = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
-        self.copied = torch.cuda.Event() if device.type == "cuda" else None
-
-    def set(self, value: Tensor) -> None:
-        self.value.copy_(value, non_blocking=True)
-        if self.copied is not None:
-            self.copied.record()
-
-    def was_set(self) -> bool:
-        if self.copied is not None:
-            self.copied.synchronize()
-        return bool(self.value)
-
-
-def _lengths(answer: Tensor, ends: Tensor) -> Tensor:
-    """Tokens of each answer up to the one that ends it, `[sequences]`."""
-    is_end = torch.isin(answer, ends)
-    return torch.where(is_end.any(-1), is_end.int().argmax(-1) + 1, answer.shape[1])
 
 
 def _free_memory(device: torch.device) -> int:
