@@ -5,17 +5,13 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import counting_backend, visible_pairs
+from conftest import counting_backend
 from reference import under_reference
 from tiny_models import batch, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 import swaa_flex
 from swaa_flex import ConfigError, DoesNotFitError, SWAACache, SWAAConfig, UnsupportedModelError
-from swaa_flex.hf import fused_linear, prompt_attention
-from swaa_flex.hf.surroundings import surroundings
-from swaa_flex.masks import offset
 
 RECIPES = [
     SWAAConfig(16, 3, (), full_attention_decode=False, dense_tail=5),
@@ -59,48 +55,20 @@ def test_every_length_gives_the_tokens_of_the_dense_reference(family, config):
 
 @pytest.mark.parametrize(("family", "config"), [("gemma3_text", RECIPES[1]), ("qwen3", RECIPES[2])], ids=repr)
 def test_a_compiled_prompt_sees_what_one_that_is_not_compiled_sees(family, config, nothing_compiled):
-    """Its attention is outside of the graph, with masks of its own; over one chunk and several, with pads."""
-    model = make(family, config, num_hidden_layers=2 if len(config.full_attention_layers) == 0 else 4)
-    compiled = swaa_flex.compile(model, max_length=600, batch_size=2, prefill_chunk=256, backend="eager")
-    compiled._initialise()
-    compiled._is_warm = True  # decode steps take long to trace
+    """Layer by layer, over one chunk and several, with pads; one graph serves all layers of a kind."""
+    model, graphs = make(family, config), []
+    compiled = swaa_flex.compile(
+        model, max_length=600, batch_size=2, prefill_chunk=256, backend=counting_backend(graphs)
+    )
+    compiled._decode = lambda server: torch.zeros(2, 99)  # decode steps take long to trace
+    compiled.warmup(all=True)
+    kinds = len(set(LAYER_TYPES[family]["layer_types"])) if family in LAYER_TYPES else 1
+    assert compiled.chunks == (128, 256) and len(graphs) == 2 * kinds
     for length in (5, 300):
         inputs = batch(length, min(13, length - 2))
         logits = under_reference(model, config, lambda inputs=inputs: model(**inputs).logits[:, -1])
         torch.testing.assert_close(compiled.prefill(**inputs), logits, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("family", "config"), list(zip(["llama", "gemma3_text", "llama"], RECIPES, strict=True)), ids=repr
-)
-def test_masks_are_laid_out_by_what_the_host_knows_of_them(family, config, nothing_compiled, monkeypatch):
-    """Of every layer of every chunk: the mask on the host sees what the mask sees that kernels evaluate."""
-    compared = []
-
-    def compare(chunk, query, key, value, layer, **options):
-        mask, source = chunk.mask(layer), chunk.cache.stored_after(chunk.seen, layer)
-        read = mask.mask_for(layer, key.shape[2], mask.prompt_info(chunk.lengths, None), source)
-        read = offset(read, q=chunk.seen)
-        known = chunk.mask_on_host(layer, key.shape[2])
-        sizes = (query.shape[2], key.shape[2])
-        assert torch.equal(visible_pairs(known, *sizes, batch=2), visible_pairs(read, *sizes, batch=2))
-        lists = [
-            swaa_flex.plan(read, *sizes, batch=2, backend="cpp", twin=twin).segments[0].block_mask
-            for twin in (None, known)
-        ]
-        for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"):
-            assert torch.equal(*(getattr(listed, name) for listed in lists)), name
-        compared.append(layer)
-        return torch.zeros(2, query.shape[2], query.shape[1], value.shape[3])
-
-    monkeypatch.setattr(prompt_attention.PromptChunk, "attention", compare)
-    compiled = swaa_flex.compile(
-        make(family, config), max_length=600, batch_size=2, prefill_chunk=256, backend="eager"
-    )
-    compiled._initialise()
-    compiled._is_warm = True  # decode steps take long to trace
-    compiled.prefill(**batch(300, 13))
-    assert compared == [0, 1, 2, 3] * 2
+    assert len(graphs) == 2 * kinds
 
 
 def test_nothing_is_traced_after_the_warm_up(nothing_compiled):
@@ -114,28 +82,6 @@ def test_nothing_is_traced_after_the_warm_up(nothing_compiled):
     inputs = {"input_ids": torch.randint(3, 99, (1, 200)), "attention_mask": torch.ones(1, 200, dtype=torch.long)}
     assert torch.equal(compiled.generate(**inputs, max_new_tokens=200), greedy(model, RECIPES[0], inputs, 200))
     assert len(graphs) == 2
-
-
-def test_projections_of_one_input_are_one_product_in_a_compiled_model(nothing_compiled, tmp_path):
-    products = []
-
-    def count(graph, inputs):
-        products.append(sum(node.target is torch.nn.functional.linear for node in graph.graph.nodes))
-        return graph.forward
-
-    model = make("llama", RECIPES[0], num_hidden_layers=2)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    ids = torch.randint(3, 99, (1, 60))
-    expected = swaa_flex.compile(model, max_length=300, prefill_chunk=128).generate(ids, max_new_tokens=8)
-    for _ in range(2):  # the second time, they lie side by side already
-        products.clear()
-        fused = swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend=count)
-        assert torch.equal(fused.generate(ids, max_new_tokens=8), expected)
-        assert products == [2 * 4 + 1] * 2  # per layer: query, key and value; output; gate and up; down
-    model.save_pretrained(tmp_path)
-    saved = type(model).from_pretrained(tmp_path).state_dict()
-    assert saved.keys() == before.keys()
-    assert all(torch.equal(saved[name], value) for name, value in before.items())
 
 
 def test_compiling_again_leaves_the_first_compiled_model_as_it_was(nothing_compiled):
@@ -169,24 +115,7 @@ def test_weights_that_were_replaced_are_noticed(nothing_compiled):
     torch.testing.assert_close(again.prefill(ids), model(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
 
 
-def test_projections_may_be_called_in_any_order(nothing_compiled):
-    module = torch.nn.Module()
-    module.gate_proj, module.up_proj = torch.nn.Linear(4, 6), torch.nn.Linear(4, 6)
-    x = torch.randn(2, 4)
-    fused_linear.fuse_projections(module)
-    group = fused_linear._group_of(module.up_proj)
-    expected = [F.linear(x, linear.weight, linear.bias) for linear in (module.gate_proj, module.up_proj)]
-    with torch.no_grad():
-        surroundings.shares_projections = True
-        try:
-            up, gate = module.up_proj(x), module.gate_proj(x)
-        finally:
-            surroundings.shares_projections = False
-    torch.testing.assert_close([gate, up], expected)
-    assert group.shared == []
-
-
-def test_fused_projections_train_and_follow_their_weights(nothing_compiled):
+def test_a_compiled_model_follows_weights_that_are_trained(nothing_compiled):
     model = make("qwen3", RECIPES[0], num_hidden_layers=1)
     plain = swaa_flex.adapt(make("qwen3", RECIPES[0], num_hidden_layers=1), RECIPES[0])
     plain.load_state_dict(model.state_dict())
@@ -199,19 +128,6 @@ def test_fused_projections_train_and_follow_their_weights(nothing_compiled):
                 parameter -= parameter.grad
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight.grad, plain.model.layers[0].mlp.up_proj.weight.grad)
     torch.testing.assert_close(fused.prefill(ids), plain(ids).logits[:, -1], atol=1e-5, rtol=0)
-
-
-def test_projections_that_are_more_than_linear_are_left_alone(nothing_compiled):
-    model = make("llama", RECIPES[0], num_hidden_layers=1)
-    attention = model.model.layers[0].self_attn
-    seen = []
-    attention.k_proj.register_forward_hook(lambda module, inputs, output: seen.append(module))
-    swaa_flex.compile(model, max_length=300, prefill_chunk=128, backend="eager")
-    assert "forward" not in vars(attention.q_proj)
-    assert "forward" in vars(model.model.layers[0].mlp.up_proj)
-    seen.clear()
-    model(torch.randint(3, 99, (1, 5)))
-    assert seen == [attention.k_proj]
 
 
 @pytest.mark.slow

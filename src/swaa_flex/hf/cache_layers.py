@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -202,19 +204,13 @@ class StaticSinksAndWindowLayer(StaticLayer):
             self.keys[batch, :, slot] = key_states[:, :, 0]
             self.values[batch, :, slot] = value_states[:, :, 0]
             return self.keys, self.values
-        start = self.start_of_window(seen)
+        start = (seen - (self.sliding_window - 1)).expand(self.first.shape[0])  # of the window of the first new row
         self.layout = (self.sink_tokens, start, False)
-        tail = self._slot_of(start[:, None] + torch.arange(self.sliding_window - 1, device=start.device))
-        sinks = torch.arange(self.sink_tokens, device=tail.device).expand(tail.shape[0], -1)
-        slots = torch.cat([sinks, tail], dim=1)
-        keys = torch.cat([_take(self.keys, slots), key_states], dim=2)
-        values = torch.cat([_take(self.values, slots), value_states], dim=2)
-        self.to_keep = (keys, values)
-        return keys, values
-
-    def start_of_window(self, seen: Tensor) -> Tensor:
-        """The first column in the window of the row after `seen` columns, `[batch]`."""
-        return (seen - (self.sliding_window - 1)).expand(self.first.shape[0])
+        size = self.sink_tokens, self.sliding_window
+        self.to_keep = _fused(_unrolled)(
+            (self.keys, self.values), (key_states, value_states), start, self.first, *size
+        )
+        return self.to_keep
 
     @property
     def first(self) -> Tensor:
@@ -224,9 +220,8 @@ class StaticSinksAndWindowLayer(StaticLayer):
 
     def _slot_of(self, column: Tensor) -> Tensor:
         """The slot of the token in a column, 0-d or `[batch, n]` (some slot, where there is none)."""
-        position = column - (self.first if column.dim() == 0 else self.first[:, None])
-        beyond = position - self.sink_tokens
-        return torch.where(beyond < 0, position.clamp(min=0), self.sink_tokens + beyond % self.sliding_window)
+        first = self.first if column.dim() == 0 else self.first[:, None]
+        return _slots(column - first, self.sink_tokens, self.sliding_window)
 
     def after_attention(self, out: Stored, lengths_known: bool, decoding: bool) -> None:
         """See `Stored.release`; `out` says which columns the keys belong to."""
@@ -238,16 +233,12 @@ class StaticSinksAndWindowLayer(StaticLayer):
             return
         if self.to_keep is None:  # the new keys have been written to the ring at once
             return
-        keys, values = self.to_keep
-        self.to_keep = None
-        start = out.start[:, None] if isinstance(out.start, Tensor) else out.start
-        column = self._columns()
-        source = column - start + out.sink_slots
-        if out.sink_slots:
-            source = torch.where(column < start, column - self.first[:, None], source)
-        source = source.clamp(min=0)
-        self.keys.copy_(_take(keys, source))
-        self.values.copy_(_take(values, source))
+        unrolled, self.to_keep = self.to_keep, None
+        start = out.start if isinstance(out.start, Tensor) else torch.full_like(self.first, out.start)
+        size = self.sink_tokens, self.sliding_window
+        _fused(_roll)(
+            (self.keys, self.values), unrolled, start, self.first, self.cumulative_length, out.sink_slots, *size
+        )
 
     def _columns(self) -> Tensor:
         return ring_columns(self.cumulative_length, self.first, self.sink_tokens, self.sliding_window)
@@ -338,6 +329,72 @@ def ring_columns(length: int | Tensor, first: Tensor | int, sink_tokens: int, sl
     laps = torch.div(newest - slot, sliding_window, rounding_mode="floor")
     position = torch.where(slot < sink_tokens, slot, slot + laps.clamp(min=0) * sliding_window)
     return torch.where(position <= newest, position + first, -1)
+
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values, `[batch, kv_heads, len, head_dim]` each."""
+
+
+def _unrolled(ring: Pair, new: Pair, start: Tensor, first: Tensor, sink_tokens: int, sliding_window: int) -> Pair:
+    """Sinks, the window before column `start + sliding_window - 1` in order, and the new tokens from there on.
+
+    Args:
+        ring: of `StaticSinksAndWindowLayer`.
+        new: keys and values of the new tokens.
+        start: column of each sequence's first key in the window, `[batch]`.
+        first: column of each sequence's first token, `[batch]`.
+        sink_tokens: slots for the first tokens.
+        sliding_window: slots of the ring.
+    """
+    held = sink_tokens + sliding_window - 1
+    index = torch.arange(held + new[0].shape[2], device=start.device)
+    positions = (start - first)[:, None] + index - sink_tokens
+    slots = torch.where(index < sink_tokens, index, _slots(positions, sink_tokens, sliding_window))
+    is_new, number = (index >= held)[:, None], (index - held).clamp(min=0)
+    keys, values = (torch.where(is_new, n[:, :, number], _take(r, slots)) for r, n in zip(ring, new, strict=True))
+    return keys, values
+
+
+def _roll(
+    ring: Pair,
+    unrolled: Pair,
+    start: Tensor,
+    first: Tensor,
+    length: Tensor,
+    sink_slots: int,
+    sink_tokens: int,
+    sliding_window: int,
+) -> None:
+    """Writes to the ring what `length` columns leave in it; arguments as those of `_unrolled`, whose result it takes.
+
+    Args:
+        sink_slots: how many of the leading keys of `unrolled` are sinks, apart from the columns that `start` begins.
+    """
+    column = ring_columns(length, first, sink_tokens, sliding_window)
+    source = column - start[:, None] + sink_slots
+    if sink_slots:
+        source = torch.where(column < start[:, None], column - first[:, None], source)
+    source = source.clamp(min=0)
+    for slots, held in zip(ring, unrolled, strict=True):
+        slots.copy_(_take(held, source))
+
+
+def _slots(positions: Tensor, sink_tokens: int, sliding_window: int) -> Tensor:
+    """The slot of the token at each position of its sequence (some slot, before the first one)."""
+    beyond = positions - sink_tokens
+    return torch.where(beyond < 0, positions.clamp(min=0), sink_tokens + beyond % sliding_window)
+
+
+@functools.cache
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled for tensors of a GPU, where its dozens of small operations are one or two kernels."""
+    compiled = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def call(ring: Pair, *args: Any) -> Any:
+        return (compiled if ring[0].is_cuda and not is_tracing() else function)(ring, *args)
+
+    return call
 
 
 def _take(x: Tensor, slots: Tensor) -> Tensor:

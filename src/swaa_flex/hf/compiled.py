@@ -137,8 +137,8 @@ class CompiledModel:
         self._graphs = Graphs(self.device)
         self._ids = {size: torch.zeros(batch_size, size, dtype=torch.long, device=self.device) for size in self.chunks}
         self._prompts: dict[tuple[int, int | None], Callable[[], Tensor]] = {}  # by size and dense tail
-        self._begin: Callable[[], None]
-        self._end: Callable[[], None]
+        self._restart: Callable[[], None]
+        self._release: Callable[[], None]
         self._step: Callable[[], Tensor]
         self._is_warm = False
 
@@ -367,14 +367,14 @@ class CompiledModel:
         lengths = torch.tensor([len(prompts[min(i, len(prompts) - 1)]) for i in range(self.batch_size)])
         self.lengths.copy_(lengths)
         self.first.copy_(columns - lengths)
-        self._begin()
+        self._restart()
         done, logits = 0, None
         for size in sizes:
             self._ids[size].copy_(ids[:, done : done + size])
             logits = self._prompts[size, tail]()
             done += size
         assert logits is not None
-        self._end()
+        self._release()
         self.rows, self.room, self._owner = len(prompts), self.max_length - longest, threading.get_ident()
         return logits[: self.rows].clone()
 
@@ -382,8 +382,8 @@ class CompiledModel:
         """What surrounds prompts, and the decode step."""
         self.cache.reset()  # an earlier warm-up may have been interrupted
         self._store_nothing()
-        self._begin = self._graphs.capture(lambda: self.cache.restart(self.first))
-        self._end = self._graphs.capture(self._release)
+        self._restart = self._graphs.capture(lambda: self.cache.restart(self.first))
+        self._release = self._graphs.capture(self.cache.begin_decoding)
         with prompt():  # graphs remember what they are told while they are made
             self._step = self._graphs.capture(lambda: self._decode(self))
 
@@ -402,9 +402,6 @@ class CompiledModel:
         chunk = PromptChunk(self.model, self.cache, size, self.lengths, only_stores=True)
         self._prompt_model(self._ids[size], self._ids[size], chunk)
         self.cache.restart(self.first)
-
-    def _release(self) -> None:
-        self.cache.begin_decoding()
 
     def _chunk(self, size: int, tail: int | None) -> Tensor:
         """The next chunk of the prompts, from `_ids`: logits after its last tokens, `[batch_size, vocab]`."""

@@ -114,6 +114,12 @@ class PromptChunk:
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, layer: int, **options: Any) -> Tensor:
         """Stores the new keys and values of a layer, and computes its attention, `[batch, q_len, heads, head_dim]`."""
+        # A compiled layer runs for the first time with other dispatch keys than later, for which torch.compile would
+        # make every kernel twice (torch 2.11 to 2.13).
+        with torch._C._ForceDispatchKeyGuard(*self.dispatch):
+            return self._attention(query, key, value, layer, **options)
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, layer: int, **options: Any) -> Tensor:
         key, value = self.cache.update(key, value, layer)
         source = self.cache.stored(layer, key)
         assert source is not None
@@ -123,10 +129,7 @@ class PromptChunk:
         mask = self.mask(layer)
         info = mask.prompt_info(self.lengths, None)
         plan = mask.plan_for(layer, query, key, value, info, source)
-        # A graph runs for the first time with other dispatch keys than later, for which torch.compile would make
-        # every kernel twice (torch 2.11 to 2.13).
-        with torch._C._ForceDispatchKeyGuard(*self.dispatch):
-            out = attention(query, key, value, plan, **options)
+        out = attention(query, key, value, plan, **options)
         assert isinstance(out, Tensor)
         source.release(lengths_known=True, decoding=False)
         return out.transpose(1, 2).contiguous()
