@@ -28,7 +28,7 @@ from .config import swaa_of
 from .graphs import Graphs
 from .prompt import prompt
 from .prompt_attention import PromptChunk, PromptModel
-from .serving import ServedModel, is_given, refuse, refuse_what_is_not_honoured, without_preparations
+from .serving import ServedModel
 from .surroundings import surroundings
 
 
@@ -241,7 +241,6 @@ class CompiledModel:
             ConfigError: if the request has more sequences or tokens than the model was compiled for, or asks for what
                 needs another cache or other forwards, such as beams and assistants.
         """
-        refuse([name for name in _NOT_HONOURED if is_given(kwargs.get(name))])
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is not None:
             prompts = self._checked(input_ids, kwargs.get("attention_mask"))
@@ -250,9 +249,7 @@ class CompiledModel:
                 input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
                 real = [torch.ones_like(row) for row in prompts]
                 kwargs["attention_mask"] = pad_sequence(real, batch_first=True, padding_side="left")
-        return ServedModel(self).generate(  # type: ignore[no-any-return]
-            input_ids, generation_config, **kwargs | {"synced_gpus": False}
-        )
+        return ServedModel(self).generate(input_ids, generation_config, **kwargs)  # type: ignore[no-any-return]
 
     @_for_requests
     def __call__(
@@ -262,23 +259,14 @@ class CompiledModel:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        synced_gpus: bool = False,
         streamer: BaseStreamer | None = None,
         **kwargs: Any,
     ) -> GenerateNonBeamOutput | torch.LongTensor:
         """The decoding method of `model.generate(..., custom_generate=server)`; see `generate`."""
         if model is not self.model:
             raise ConfigError("custom_generate: another model was compiled than the one whose generate was called")
-        inputs = without_preparations(input_ids, kwargs)
-        refuse_what_is_not_honoured(generation_config, inputs | {"synced_gpus": synced_gpus})
-        return ServedModel(self)._sample(
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            streamer=streamer,
-            attention_mask=inputs.get("attention_mask"),
-            use_cache=True,
+        return ServedModel(self).decode(
+            input_ids, logits_processor, stopping_criteria, generation_config, streamer, **kwargs
         )
 
     # --- inside -----------------------------------------------------------------------------------------------
@@ -430,10 +418,6 @@ class CompiledModel:
             f"max_length={self.max_length} with batch_size={self.batch_size} needs {needed / gib:.1f} GiB of keys and "
             f"values, and {free / gib:.1f} GiB were free; {way_out}"
         )
-
-
-_NOT_HONOURED = ("assistant_model", "custom_generate", "synced_gpus", "cache_implementation")
-"""Arguments of `generate` of transformers that make it do something else than to decode."""
 
 
 def _as_ids(row: Any, number: int) -> Tensor:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ConfigError
@@ -57,6 +59,33 @@ class ServedModel(GenerationMixin):
         """A decode step, whatever else `generate` says to a model."""
         return self.forward(input_ids)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of transformers, on this machine alone."""
+        refuse([name for name in _BEYOND_DECODING if is_given(kwargs.get(name))])
+        return super().generate(*args, **kwargs | {"synced_gpus": False})
+
+    def decode(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None,
+        **kwargs: Any,
+    ) -> GenerateNonBeamOutput | torch.LongTensor:
+        """What `generate` of the model itself has prepared, with the keywords that it hands to a decoding method."""
+        inputs = without_preparations(input_ids, kwargs)
+        refuse_what_is_not_honoured(generation_config, inputs)
+        return self._sample(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            streamer=streamer,
+            attention_mask=inputs.get("attention_mask"),
+            use_cache=True,
+        )
+
     # --- the steps of `generate` that are other ones here; transformers 5.17 to 5.24 ------------------------------
 
     def _prepare_generation_config(
@@ -98,6 +127,10 @@ class ServedModel(GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         return model_kwargs
+
+
+_BEYOND_DECODING = ("assistant_model", "custom_generate", "synced_gpus", "cache_implementation")
+"""Keywords with which `generate` turns to other code before it looks at the rest."""
 
 
 def refuse_what_is_not_honoured(config: GenerationConfig, inputs: Mapping[str, Any]) -> None:
