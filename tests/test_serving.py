@@ -245,7 +245,7 @@ def test_a_request_within_a_request_is_noticed(server, replace):
         ({"num_return_sequences": 3, "do_sample": True}, "a request of 6 sequences: compiled for batch_size=4"),
         ({"max_new_tokens": 241}, "a prompt of 60 tokens and 241 new ones: compiled for max_length=300"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_what_it_cannot_honour_is_refused(server, way, options, message):
     inputs = batch(LENGTH, 13)

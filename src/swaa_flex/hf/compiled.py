@@ -224,8 +224,8 @@ class CompiledModel:
         to `batch_size` sequences. `model.generate(..., custom_generate=server)` is the same, but there transformers
         (5.17 to 5.24) hands on neither `streamer` nor `tokenizer`.
 
-        After each token the host reads whether all answers have ended, as with any model. It waits for the device
-        once per token there, and nowhere else unless something that was handed in does.
+        After each token the host reads whether all answers have ended, as with any model, and waits for the device
+        there. Prompts on another device, and some of what may be handed in, a streamer for one, make it wait again.
 
         Args:
             inputs: `[sequences, len]`, also as `input_ids=`, beside `attention_mask=`. Or a list of token lists, which
