@@ -132,6 +132,7 @@ class SWAACache(Cache):
         self.layers: list[Any] = layers
         self._not_updated: set[int] = set()  # layers that the forward under way has not reached
         self._is_broken = False
+        self._keeps_addresses = False
         self.updates = 0  # of layers, outside of graphs
         self._origin = _Offset.of(self)  # for graphs, which cannot make one themselves (torch 2.11)
 
@@ -202,16 +203,23 @@ class SWAACache(Cache):
 
     def keep_addresses(self) -> None:
         """Lets layers keep their memory where it is from request to request, as CUDA graphs need it (fixed size)."""
+        self._keeps_addresses = True
         for layer in self.layers:
             if isinstance(layer, StaticSinksAndWindowLayer):
                 layer.keeps_addresses = True
 
     def restart(self, first: Tensor) -> None:
-        """Begins other sequences in a cache of fixed size that has been used; what lies in it stays, unseen.
+        """Begins other sequences in a cache of fixed size that has been used.
+
+        If it keeps its addresses, what lies in it stays, unseen: to write over it takes longer than a short prompt.
 
         Args:
             first: column of each sequence's first token, `[batch]`.
         """
+        if not self._keeps_addresses:
+            self.reset()
+            self.start(first)
+            return
         self._is_broken = False
         self._not_updated = set()
         self._pads.set(first)
@@ -284,6 +292,12 @@ class SWAACache(Cache):
         if not isinstance(layer, _RELEASING):
             return Stored(self, layer)
         return Stored(self, layer, *layer.layout) if keys.shape[2] == layer.handed_out else None
+
+    def hold_prompts(self) -> None:
+        """Takes `begin_decoding` back, in a cache that keeps its addresses."""
+        for layer in self.layers:
+            if isinstance(layer, StaticSinksAndWindowLayer):
+                layer.hold()
 
     def begin_decoding(self) -> None:
         """Releases what layers still hold for rows of the prompt, instead of when the first decode row arrives."""

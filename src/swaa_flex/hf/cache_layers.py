@@ -207,9 +207,8 @@ class StaticSinksAndWindowLayer(StaticLayer):
         start = (seen - (self.sliding_window - 1)).expand(self.first.shape[0])  # of the window of the first new row
         self.layout = (self.sink_tokens, start, False)
         size = self.sink_tokens, self.sliding_window
-        self.to_keep = _fused(_unrolled)(
-            (self.keys, self.values), (key_states, value_states), start, self.first, *size
-        )
+        ring, added = (self.keys, self.values), (key_states, value_states)
+        self.to_keep = _fused(_unrolled, ring, added, start, self.first, *size)
         return self.to_keep
 
     @property
@@ -236,9 +235,8 @@ class StaticSinksAndWindowLayer(StaticLayer):
         unrolled, self.to_keep = self.to_keep, None
         start = out.start if isinstance(out.start, Tensor) else torch.full_like(self.first, out.start)
         size = self.sink_tokens, self.sliding_window
-        _fused(_roll)(
-            (self.keys, self.values), unrolled, start, self.first, self.cumulative_length, out.sink_slots, *size
-        )
+        ring = self.keys, self.values
+        _fused(_roll, ring, unrolled, start, self.first, self.cumulative_length, out.sink_slots, *size)
 
     def _columns(self) -> Tensor:
         return ring_columns(self.cumulative_length, self.first, self.sink_tokens, self.sliding_window)
@@ -286,10 +284,15 @@ class StaticSinksAndWindowLayer(StaticLayer):
         """Begins other sequences, as `reset` and `start` do, at the same addresses; nothing is written over."""
         self._forget()
         self.empty, self.lengths_known = False, True
-        if self.holding and self.held is not None:
+        self.hold()
+        self.cumulative_length.zero_()
+
+    def hold(self) -> None:
+        """Back from the ring to the keys of the prompt, where they lie still."""
+        if self.held is not None:
             self.keys, self.values = self.held
             self.max_cache_len = self.max_length
-        self.cumulative_length.zero_()
+            self.holding = True
 
     def reset(self) -> None:
         if self.hold_prompt and not self.holding:
@@ -365,10 +368,17 @@ def _roll(
     sink_tokens: int,
     sliding_window: int,
 ) -> None:
-    """Writes to the ring what `length` columns leave in it; arguments as those of `_unrolled`, whose result it takes.
+    """Writes to the ring what is left in it after `length` columns.
 
     Args:
-        sink_slots: how many of the leading keys of `unrolled` are sinks, apart from the columns that `start` begins.
+        ring: of `StaticSinksAndWindowLayer`.
+        unrolled: `sink_slots` sinks, and then the keys and values of the columns from `start` on.
+        start: a column for each sequence, `[batch]`.
+        first: column of each sequence's first token, `[batch]`.
+        length: columns so far, 0-d.
+        sink_slots: 0, or `sink_tokens`.
+        sink_tokens: slots for the first tokens.
+        sliding_window: slots of the ring.
     """
     column = ring_columns(length, first, sink_tokens, sliding_window)
     source = column - start[:, None] + sink_slots
@@ -385,16 +395,16 @@ def _slots(positions: Tensor, sink_tokens: int, sliding_window: int) -> Tensor:
     return torch.where(beyond < 0, positions.clamp(min=0), sink_tokens + beyond % sliding_window)
 
 
+def _fused(function: Callable[..., Any], ring: Pair, *args: Any) -> Any:
+    """Calls `function`, on a GPU compiled: its dozens of small operations become one or two kernels."""
+    if is_tracing() or not ring[0].is_cuda:
+        return function(ring, *args)
+    return _compiled(function)(ring, *args)
+
+
 @functools.cache
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled for tensors of a GPU, where its dozens of small operations are one or two kernels."""
-    compiled = torch.compile(function, dynamic=True)
-
-    @functools.wraps(function)
-    def call(ring: Pair, *args: Any) -> Any:
-        return (compiled if ring[0].is_cuda and not is_tracing() else function)(ring, *args)
-
-    return call
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
 
 
 def _take(x: Tensor, slots: Tensor) -> Tensor:

@@ -117,10 +117,9 @@ class CompiledModel:
         self.max_length = max_length
         self.batch_size = batch_size
         self.chunks = ladder(min(prefill_chunk, _whole_blocks(max_length)))
-        self.cache = SWAACache(model.config, max_length=_whole_blocks(max_length + most_pads(max_length, self.chunks)))
-        self.cache.keep_addresses()
-        _refuse_what_takes_pads(self.cache)
         self.device = model.device
+        self.cache = self._new_cache()
+        _refuse_what_takes_pads(self.cache)
         self.first = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
@@ -141,6 +140,7 @@ class CompiledModel:
         self._release: Callable[[], None]
         self._step: Callable[[], Tensor]
         self._is_warm = False
+        self._free = 0  # bytes of the device, before anything was allocated
 
     # --- requests ---------------------------------------------------------------------------------------------
 
@@ -154,14 +154,7 @@ class CompiledModel:
         Raises:
             DoesNotFitError: if the memory of the device does not suffice; says which max_length would fit.
         """
-        free = _free_memory(self.device)
-        try:
-            if not self._is_warm:
-                self._make_steps()
-                self._is_warm = True
-            self._make_prompts(self.chunks if all else self.chunks[:1], None)
-        except torch.OutOfMemoryError as error:
-            raise self._does_not_fit(free) from error
+        self._make(self.chunks if all else self.chunks[:1], None)
         return self
 
     @_for_requests
@@ -346,7 +339,7 @@ class CompiledModel:
         self.rows = self.room = 0  # an interrupted prompt cannot be gone on with
         longest = max(len(row) for row in prompts)
         sizes, tail = cut(longest, self.chunks), surroundings.prompt.dense_tail
-        self._make_prompts(sizes, tail)
+        self._make(sizes, tail)
         columns = sum(sizes)
         ids = torch.zeros(self.batch_size, columns, dtype=torch.long, device=self.device)
         for index in range(self.batch_size):  # an incomplete batch repeats its last sequence
@@ -366,17 +359,44 @@ class CompiledModel:
         self.rows, self.room, self._owner = len(prompts), self.max_length - longest, threading.get_ident()
         return logits[: self.rows].clone()
 
+    def _new_cache(self) -> SWAACache:
+        capacity = self.max_length + most_pads(self.max_length, self.chunks)
+        cache = SWAACache(self.model.config, max_length=_whole_blocks(capacity))
+        if self.device.type == "cuda":
+            cache.keep_addresses()
+        return cache
+
+    def _make(self, sizes: Sequence[int], tail: int | None) -> None:
+        """What prompts of these sizes of chunks need and is not there yet, whatever it takes; the cache is lost then.
+
+        Raises:
+            DoesNotFitError: if the memory of the device does not suffice; says which max_length would fit.
+        """
+        if not self._is_warm:
+            self._free = _free_memory(self.device)
+        try:
+            if not self._is_warm:
+                self._make_steps()
+                self._is_warm = True
+            self._make_prompts(sizes, tail)
+        except torch.OutOfMemoryError as error:
+            raise self._does_not_fit() from error
+
+    def _release_prompts(self) -> None:
+        self.cache.hold_prompts()  # a graph is made by running twice
+        self.cache.begin_decoding()
+
     def _make_steps(self) -> None:
         """What surrounds prompts, and the decode step."""
         self.cache.reset()  # an earlier warm-up may have been interrupted
         self._store_nothing()
         self._restart = self._graphs.capture(lambda: self.cache.restart(self.first))
-        self._release = self._graphs.capture(self.cache.begin_decoding)
+        self._release = self._graphs.capture(self._release_prompts)
         with prompt():  # graphs remember what they are told while they are made
             self._step = self._graphs.capture(lambda: self._decode(self))
 
     def _make_prompts(self, sizes: Sequence[int], tail: int | None) -> None:
-        """The chunks of these sizes that there are not yet. What lies in the cache is lost."""
+        """The chunks of these sizes that there are not yet."""
         for size in sizes:
             if (size, tail) not in self._prompts:
                 self.rows = self.room = 0
@@ -398,15 +418,14 @@ class CompiledModel:
             chunk = PromptChunk(self.model, self.cache, size, self.lengths)
             return self._prompt_model(self._ids[size], (columns - self.first[:, None]).clamp(min=0), chunk)
 
-    def _does_not_fit(self, free: int) -> DoesNotFitError:
-        """The error for `free` bytes before anything was allocated, a fifth of them reckoned for activations."""
+    def _does_not_fit(self) -> DoesNotFitError:
+        """The error for the memory that was free at first, a fifth of it reckoned for activations."""
         per_token, fixed = self.cache.size_of(self.batch_size, self.model.dtype)
         capacity = self.cache.max_length or 0
         needed = per_token * capacity + fixed
-        fits = int((free * 0.8 - fixed) / per_token) - self.chunks[-1] if per_token else 0
+        fits = int((self._free * 0.8 - fixed) / per_token) - self.chunks[-1] if per_token else 0
         fits = fits // SMALLEST * SMALLEST
-        self.cache = SWAACache(self.model.config, max_length=capacity)  # what was allocated goes
-        self.cache.keep_addresses()
+        self.cache = self._new_cache()  # what was allocated goes
         self._prompts.clear()
         self._is_warm = False
         if 0 < fits < self.max_length:
@@ -416,7 +435,7 @@ class CompiledModel:
         gib = 1 << 30
         return DoesNotFitError(
             f"max_length={self.max_length} with batch_size={self.batch_size} needs {needed / gib:.1f} GiB of keys and "
-            f"values, and {free / gib:.1f} GiB were free; {way_out}"
+            f"values, and {self._free / gib:.1f} GiB were free; {way_out}"
         )
 
 
