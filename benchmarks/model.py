@@ -305,7 +305,8 @@ def prompt(model: PreTrainedModel, length: int) -> torch.Tensor:
 
 
 def compiled_request(model: PreTrainedModel, config: Config) -> Request:
-    compiled = swaa_flex.compile(model, max_length=max(config.contexts) + NEW, prefill_chunk=config.chunk).warmup()
+    compiled = swaa_flex.compile(model, max_length=max(config.contexts) + NEW, prefill_chunk=config.chunk)
+    compiled.warmup(all=True)
 
     def request(length: int) -> tuple[float, Callable[[], Any]]:
         tokens = compiled.prefill(prompt(model, length)).argmax(-1)

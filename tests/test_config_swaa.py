@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import dense_attention
-from tiny_models import SIZE
+from tiny_models import SIZE, composite
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
@@ -140,14 +140,6 @@ def test_a_model_keeps_its_attention_when_its_recipe_goes(merged):
     assert swaa_of(model.config) == RECIPE
     model.config.swaa = None  # without an implementation, transformers would run it without a causal mask
     assert implementations(model) == ["swaa_flex"] * 2
-
-
-def composite(**options):
-    vision = dict(
-        model_type="clip_vision_model", hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, image_size=28, patch_size=14,
-    )  # fmt: skip
-    return transformers.LlavaConfig(text_config=LlamaConfig(**SIZE), vision_config=vision, **options)
 
 
 def test_in_a_composite_model_the_text_model_runs_the_recipe(tmp_path):

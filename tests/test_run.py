@@ -161,7 +161,7 @@ def test_each_model_is_named_with_the_reason_once_and_its_parts_are_not(program,
 
 def test_the_vision_tower_of_a_model_is_a_part_of_it(here):
     (here / "program.py").write_text(
-        "from test_config_swaa import composite\n"
+        "from tiny_models import composite\n"
         "from transformers import AutoModelForImageTextToText\n"
         "model = AutoModelForImageTextToText.from_config(composite(swaa='naive'))\n"
         "assert model.config.vision_config._attn_implementation == 'sdpa'\n"

@@ -5,21 +5,28 @@ import threading
 
 import pytest
 import torch
-from test_compiled import RECIPES, make
-from test_models import batch
+from tiny_models import batch, tiny
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 import swaa_flex
-from swaa_flex import ConfigError, SWAACache
+from swaa_flex import ConfigError, SWAACache, SWAAConfig
 from swaa_flex.hf.cache import CACHE
 
 LENGTH, NEW = 60, 9
+RECIPES = [
+    SWAAConfig(16, 3, (), full_attention_decode=False, dense_tail=5),
+    SWAAConfig(16, 3, (1, 3), full_attention_decode=True, dense_tail=5),
+]
 
 
-@pytest.fixture(params=RECIPES[:2], ids=repr)
+def adapted(recipe):
+    return swaa_flex.adapt(tiny("llama"), recipe)
+
+
+@pytest.fixture(params=RECIPES, ids=repr)
 def server(request):
-    return swaa_flex.compile(make("llama", request.param), max_length=300, batch_size=4, prefill_chunk=128)
+    return swaa_flex.compile(adapted(request.param), max_length=300, batch_size=4, prefill_chunk=128)
 
 
 def plain(server, *inputs, **options):
@@ -169,7 +176,7 @@ def test_pads_on_the_right_are_pads_too(server):
 
 
 def test_a_dense_tail_that_surrounds_it_counts():
-    model = make("llama", RECIPES[0])
+    model = adapted(RECIPES[0])
     server = swaa_flex.compile(model, max_length=300, prefill_chunk=128)
     ids, found = torch.randint(3, 99, (1, LENGTH)), []
     for tail in (None, 30):
@@ -262,12 +269,12 @@ def test_a_cache_that_is_handed_in_is_refused(server, way):
 @pytest.mark.parametrize("name", ["assistant_model", "custom_generate"])
 def test_other_models_and_ways_are_refused(server, name):
     with pytest.raises(ConfigError, match=f"cannot honour {name}"):
-        server.generate(**batch(LENGTH), max_new_tokens=NEW, **{name: make("llama", RECIPES[0])})
+        server.generate(**batch(LENGTH), max_new_tokens=NEW, **{name: adapted(RECIPES[0])})
 
 
 def test_the_model_must_be_the_one_that_was_compiled(server):
     with pytest.raises(ConfigError, match="another model was compiled"):
-        make("llama", RECIPES[0]).generate(**batch(LENGTH), max_new_tokens=NEW, custom_generate=server)
+        adapted(RECIPES[0]).generate(**batch(LENGTH), max_new_tokens=NEW, custom_generate=server)
 
 
 @pytest.mark.parametrize(

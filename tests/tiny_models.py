@@ -2,7 +2,14 @@
 
 import torch
 from tiny_tokenizers import MARKS, WORDS
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    PreTrainedModel,
+)
 
 SIZE = {
     "vocab_size": 99,
@@ -75,3 +82,12 @@ def words_model() -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def composite(**options):
+    """The configuration of a language model with a vision tower."""
+    vision = dict(
+        model_type="clip_vision_model", hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, image_size=28, patch_size=14,
+    )  # fmt: skip
+    return LlavaConfig(text_config=LlamaConfig(**SIZE), vision_config=vision, **options)
