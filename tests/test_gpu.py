@@ -449,7 +449,7 @@ def padded(length, pads):
 @pytest.mark.parametrize("family", DECODING)
 def test_compiled_model_never_compiles_again_and_equals_eager(family, config):
     model = on_gpu(family, config)
-    compiled = swaa_flex.compile(model, max_length=640, batch_size=2, prefill_chunk=256).warmup()
+    compiled = swaa_flex.compile(model, max_length=640, batch_size=2, prefill_chunk=256).warmup(all=True)
     asked = [padded(length, min(13, length - 2)) for length in range(10, 410, 20)]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     answers = [compiled.generate(**inputs, max_new_tokens=10) for inputs in asked]
