@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 import swaa_flex
 from swaa_flex import ConfigError, DoesNotFitError, SWAACache, SWAAConfig, UnsupportedModelError
+from swaa_flex.hf.graphs import Graphs
 
 RECIPES = [
     SWAAConfig(16, 3, (), full_attention_decode=False, dense_tail=5),
@@ -69,6 +70,27 @@ def test_a_compiled_prompt_sees_what_one_that_is_not_compiled_sees(family, confi
         logits = under_reference(model, config, lambda inputs=inputs: model(**inputs).logits[:, -1])
         torch.testing.assert_close(compiled.prefill(**inputs), logits, atol=1e-5, rtol=1e-5)
     assert len(graphs) == 2
+
+
+def test_what_a_graph_returns_is_taken_before_the_next_one_runs(monkeypatch):
+    """CUDA graphs share memory, so each may write over what the one before has returned."""
+    returned = []
+
+    def capture(graphs, run):
+        def replay():
+            for tensor in returned:
+                tensor.fill_(torch.nan)
+            result = run()
+            returned[:] = [] if result is None else [result]
+            return result
+
+        run()
+        return replay
+
+    monkeypatch.setattr(Graphs, "capture", capture)
+    model, inputs = make("llama", RECIPES[0]), batch(300, 13)
+    server = swaa_flex.compile(model, max_length=400, batch_size=2, prefill_chunk=256)
+    assert torch.equal(server.generate(**inputs, max_new_tokens=9), greedy(model, RECIPES[0], inputs, 9))
 
 
 def test_nothing_is_traced_after_the_warm_up(nothing_compiled):

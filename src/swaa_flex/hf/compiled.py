@@ -355,9 +355,10 @@ class CompiledModel:
             logits = self._prompts[size, tail]()
             done += size
         assert logits is not None
+        logits = logits[: len(prompts)].clone()  # the next graph that runs may write over them
         self._release()
         self.rows, self.room, self._owner = len(prompts), self.max_length - longest, threading.get_ident()
-        return logits[: self.rows].clone()
+        return logits
 
     def _new_cache(self) -> SWAACache:
         capacity = self.max_length + most_pads(self.max_length, self.chunks)
