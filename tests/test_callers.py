@@ -338,7 +338,8 @@ def test_packed_examples_have_the_losses_of_single_ones_or_are_refused(family, r
         packed = loss(examples, True)
     except UnsupportedModelError as error:
         assert "a row of its own" in str(error)
-        assert family in ("gpt_oss", "opt", "biogpt", "qwen3_next", "lfm2")
+        # transformers 5.17 hands no positions to the mask of GPTBigCode.
+        assert family in ("gpt_oss", "opt", "biogpt", "qwen3_next", "lfm2", "gpt_bigcode")
         return
     assert family in ("qwen3", "mistral", "llama4_text", "gpt_bigcode", "persimmon")
     assert packed == pytest.approx(single, rel=1e-4)

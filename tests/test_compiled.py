@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import counting_backend
 from reference import under_reference
 from tiny_models import batch, tiny
@@ -91,6 +92,60 @@ def test_what_a_graph_returns_is_taken_before_the_next_one_runs(monkeypatch):
     model, inputs = make("llama", RECIPES[0]), batch(300, 13)
     server = swaa_flex.compile(model, max_length=400, batch_size=2, prefill_chunk=256)
     assert torch.equal(server.generate(**inputs, max_new_tokens=9), greedy(model, RECIPES[0], inputs, 9))
+
+
+@pytest.mark.parametrize("config", [RECIPES[1], RECIPES[2], SWAAConfig(16, 3, (), False, 0)], ids=repr)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_further_turns_compute_what_is_new(config, rows, monkeypatch):
+    """The rows of answers before stay decode rows, as in a cache of transformers' own generate."""
+    model = make("llama", config)
+    server = swaa_flex.compile(model, max_length=700, batch_size=rows, prefill_chunk=256).warmup(all=True)
+    sizes, run = [], server._prompt_model
+
+    def note(ids, *rest):
+        sizes.append(ids.shape[1])
+        return run(ids, *rest)
+
+    monkeypatch.setattr(server, "_prompt_model", note)
+    cache = SWAACache(model.config)
+    talk, expected_sizes = torch.randint(3, 99, (rows, 300)), [[128, 256], [128], [128], [256], [128]]
+    pads = 13 if rows == 2 else 0
+    mask = (torch.arange(300) >= torch.tensor([pads, 0])[:rows, None]).long()
+    for said, expected in zip((0, 9, 1, 200, 4), expected_sizes, strict=True):
+        talk = torch.cat([talk, torch.randint(3, 99, (rows, said))], 1)
+        mask = F.pad(mask, (0, talk.shape[1] - mask.shape[1]), value=1)
+        given = {"attention_mask": mask, "max_new_tokens": 7, "do_sample": False}
+        cache.prompt_lengths = mask.sum(-1)
+        plain = model.generate(talk, **given, past_key_values=cache)
+        sizes.clear()
+        assert torch.equal(server.generate(talk, **given), plain)
+        assert sizes == expected
+        talk = plain
+    other = torch.randint(3, 99, (rows, 40))
+    assert torch.equal(server.generate(other, max_new_tokens=7), greedy(model, config, {"input_ids": other}, 7))
+
+
+def test_further_turns_that_need_released_keys_are_computed_anew(monkeypatch):
+    model, ids = make("llama", RECIPES[0]), torch.randint(3, 99, (1, 300))
+    server = swaa_flex.compile(model, max_length=700, prefill_chunk=256)
+    talk = torch.cat([server.generate(ids, max_new_tokens=7), torch.randint(3, 99, (1, 9))], 1)
+    with pytest.warns(UserWarning, match="computed anew.*last 5 rows"):
+        answer = server.generate(talk, max_new_tokens=7)
+    assert torch.equal(answer, greedy(model, RECIPES[0], {"input_ids": talk}, 7))
+
+
+def test_a_turn_after_other_tokens_or_under_another_tail_is_a_new_request():
+    model, ids = make("llama", RECIPES[1]), torch.randint(3, 99, (1, 300))
+    server = swaa_flex.compile(model, max_length=700, prefill_chunk=256)
+    said = server.generate(ids, max_new_tokens=7)
+    for edited in (said[:, :-3], torch.cat([said[:, :150], said[:, 151:], said[:, :9]], 1)):
+        assert torch.equal(
+            server.generate(edited, max_new_tokens=7), greedy(model, RECIPES[1], {"input_ids": edited}, 7)
+        )
+    talk = torch.cat([server.generate(ids, max_new_tokens=7), said[:, :9]], 1)
+    with swaa_flex.prompt(dense_tail=0):
+        expected = model(talk, prompt_lengths=talk.shape[1]).logits[:, -1]
+        torch.testing.assert_close(server.prefill(talk), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_is_traced_after_the_warm_up(nothing_compiled):

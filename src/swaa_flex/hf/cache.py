@@ -293,6 +293,11 @@ class SWAACache(Cache):
             return Stored(self, layer)
         return Stored(self, layer, *layer.layout) if keys.shape[2] == layer.handed_out else None
 
+    @property
+    def releases_prompts(self) -> bool:
+        """Whether layers release, when decoding begins, keys that the dense tail of a later prompt would see."""
+        return any(isinstance(layer, _RELEASING) and layer.hold_prompt for layer in self.layers)
+
     def hold_prompts(self) -> None:
         """Takes `begin_decoding` back, in a cache that keeps its addresses."""
         for layer in self.layers:

@@ -296,7 +296,7 @@ class StaticSinksAndWindowLayer(StaticLayer):
 
     def reset(self) -> None:
         if self.hold_prompt and not self.holding:
-            self.keys = self.values = None
+            self.keys = self.values = self.held = None
             self.is_initialized = False
             self.cumulative_length.zero_()
         super().reset()

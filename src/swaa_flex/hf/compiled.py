@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
 from .cache import CACHE, SWAACache
 from .chunks import SMALLEST, cut, ladder, most_pads
 from .config import swaa_of
+from .conversation import Conversation
 from .graphs import Graphs
 from .prompt import prompt
 from .prompt_attention import PromptChunk, PromptModel
@@ -123,11 +125,16 @@ class CompiledModel:
         self.first = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=self.device)
         self.tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=self.device)
+        self.last_row = torch.zeros(1, dtype=torch.long, device=self.device)  # of a chunk: the last that is no pad ...
+        self.pads_after = torch.zeros((), dtype=torch.long, device=self.device)  # ... and how many pads follow it
         self._lock = threading.RLock()
         self._owner = 0  # the thread that began the request
         self.rows = 0  # sequences of the request, at most batch_size
         self.room = 0  # decode steps that the request may still take
         self.calls = 0  # requests and decode steps up to now
+        self._conversation: Conversation | None = (
+            None  # what lies in the cache, None for nothing that may be gone on with
+        )
         if backend is None and self.device.type == "cuda":
             backend = "inductor"
         self._prompt_model = PromptModel(model, backend)
@@ -140,6 +147,7 @@ class CompiledModel:
         self._release: Callable[[], None]
         self._step: Callable[[], Tensor]
         self._is_warm = False
+        self._has_warned = False
         self._free = 0  # bytes of the device, before anything was allocated
 
     # --- requests ---------------------------------------------------------------------------------------------
@@ -196,10 +204,14 @@ class CompiledModel:
         if room == 0:
             raise ConfigError(f"the request has reached max_length={self.max_length} tokens; compile for more")
         self.calls += 1
+        conversation, self._conversation = self._conversation, None
         self.rows = self.room = 0  # an interrupted step cannot be gone on with
         self.tokens[:rows, 0] = tokens.reshape(-1)
         with prompt():  # whatever surrounds the call
             logits = self._step()[:rows]
+        assert conversation is not None
+        conversation.answers.append(self.tokens[:rows].clone())
+        self._conversation = conversation
         self.rows, self.room = rows, room - 1
         return logits
 
@@ -336,52 +348,104 @@ class CompiledModel:
             )
 
     def _prefill(self, prompts: list[Tensor]) -> Tensor:
+        tail = surroundings.prompt.dense_tail
+        begun, self._conversation = self._conversation, None
         self.rows = self.room = 0  # an interrupted prompt cannot be gone on with
-        longest = max(len(row) for row in prompts)
-        sizes, tail = cut(longest, self.chunks), surroundings.prompt.dense_tail
-        self._make(sizes, tail)
+        lengths = torch.tensor([len(row) for row in prompts])
+        new = 0 if begun is None else begun.new_tokens(prompts, tail)
+        if begun is not None and new and not self._holds_what_new_rows_see(tail):
+            new = 0
+        sizes = cut(new or int(lengths.max()), self.chunks)
+        if begun is None or not new or begun.columns + sum(sizes) > self._capacity:
+            begun, new = None, int(lengths.max())
+            sizes = cut(new, self.chunks)
+        if self._make(sizes, tail) and begun is not None:  # what was made has used the cache
+            begun, new = None, int(lengths.max())
+            sizes = cut(new, self.chunks)
+            self._make(sizes, tail)
+        # Pads are on the left of new sequences, and on the right of those that go on.
         columns = sum(sizes)
         ids = torch.zeros(self.batch_size, columns, dtype=torch.long, device=self.device)
         for index in range(self.batch_size):  # an incomplete batch repeats its last sequence
-            row = prompts[min(index, len(prompts) - 1)]
-            ids[index, columns - len(row) :] = row
-        lengths = torch.tensor([len(prompts[min(i, len(prompts) - 1)]) for i in range(self.batch_size)])
-        self.lengths.copy_(lengths)
-        self.first.copy_(columns - lengths)
-        self._restart()
-        done, logits = 0, None
-        for size in sizes:
-            self._ids[size].copy_(ids[:, done : done + size])
+            row = prompts[min(index, len(prompts) - 1)][-new:]
+            ids[index, : len(row)] = row
+            if begun is None:
+                ids[index] = ids[index].roll(columns - len(row))
+        every = lengths[torch.arange(self.batch_size).clamp(max=len(prompts) - 1)]
+        self.lengths.copy_(every)
+        if begun is None:
+            self.first.copy_(columns - every)
+            self._restart()
+        logits = None
+        for number, chunk in enumerate(ids.split(list(sizes), dim=1)):
+            size = chunk.shape[1]
+            pads = columns - new if begun is not None and number == len(sizes) - 1 else 0
+            self.last_row.fill_(size - pads - 1)
+            self.pads_after.fill_(pads)
+            self._ids[size].copy_(chunk)
             logits = self._prompts[size, tail]()
-            done += size
         assert logits is not None
         logits = logits[: len(prompts)].clone()  # the next graph that runs may write over them
         self._release()
-        self.rows, self.room, self._owner = len(prompts), self.max_length - longest, threading.get_ident()
+        self._conversation = Conversation(prompts, columns if begun is None else begun.columns + new, tail)
+        self.rows, self.room, self._owner = len(prompts), self.max_length - int(lengths.max()), threading.get_ident()
         return logits
 
+    def _holds_what_new_rows_see(self, tail: int | None) -> bool:
+        """Whether a further turn may go on in the cache: no layer has released keys that its dense tail would see."""
+        if not self.cache.releases_prompts or tail == 0:
+            return True
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "a further turn is computed anew, with all that came before: the recipe has released keys that the "
+                f"last {self.cache.swaa.dense_tail} rows of its prompt see; with full_attention_decode=True or dense_tail=0 "
+                "a turn goes on where the one before ended",
+                stacklevel=4,
+            )
+        return False
+
+    @property
+    def _capacity(self) -> int:
+        assert self.cache.max_length is not None
+        return self.cache.max_length
+
     def _new_cache(self) -> SWAACache:
-        capacity = self.max_length + most_pads(self.max_length, self.chunks)
+        capacity = self.max_length + 2 * most_pads(
+            self.max_length, self.chunks
+        )  # of a first turn, and of a further one
         cache = SWAACache(self.model.config, max_length=_whole_blocks(capacity))
         if self.device.type == "cuda":
             cache.keep_addresses()
         return cache
 
-    def _make(self, sizes: Sequence[int], tail: int | None) -> None:
-        """What prompts of these sizes of chunks need and is not there yet, whatever it takes; the cache is lost then.
+    def _make(self, sizes: Sequence[int], tail: int | None) -> bool:
+        """Makes what prompts of these sizes of chunks need and is not there yet; what the cache holds is lost then.
+
+        Returns:
+            Whether anything was missing.
 
         Raises:
             DoesNotFitError: if the memory of the device does not suffice; says which max_length would fit.
         """
+        missing = [size for size in dict.fromkeys(sizes) if (size, tail) not in self._prompts]
+        if self._is_warm and not missing:
+            return False
+        self._conversation, self.rows, self.room = None, 0, 0
+        for static in (self.last_row, self.pads_after):
+            static.zero_()
         if not self._is_warm:
             self._free = _free_memory(self.device)
         try:
             if not self._is_warm:
                 self._make_steps()
                 self._is_warm = True
-            self._make_prompts(sizes, tail)
+            for size in missing:
+                self.cache.restart(self.first)
+                self._prompts[size, tail] = self._graphs.capture(functools.partial(self._chunk, size, tail))
         except torch.OutOfMemoryError as error:
             raise self._does_not_fit() from error
+        return True
 
     def _release_prompts(self) -> None:
         self.cache.hold_prompts()  # a graph is made by running twice
@@ -396,28 +460,20 @@ class CompiledModel:
         with prompt():  # graphs remember what they are told while they are made
             self._step = self._graphs.capture(lambda: self._decode(self))
 
-    def _make_prompts(self, sizes: Sequence[int], tail: int | None) -> None:
-        """The chunks of these sizes that there are not yet."""
-        for size in sizes:
-            if (size, tail) not in self._prompts:
-                self.rows = self.room = 0
-                self.cache.restart(self.first)
-                with prompt(dense_tail=tail):
-                    self._prompts[size, tail] = self._graphs.capture(functools.partial(self._chunk, size, tail))
-
     def _store_nothing(self) -> None:
         """A chunk that only stores, so that layers make room for keys and values of their shapes."""
         size = self.chunks[0]
-        chunk = PromptChunk(self.model, self.cache, size, self.lengths, only_stores=True)
-        self._prompt_model(self._ids[size], self._ids[size], chunk)
+        chunk = PromptChunk(self.model, self.cache, size, self.lengths, self.pads_after, only_stores=True)
+        self._prompt_model(self._ids[size], self._ids[size], chunk, self.last_row)
         self.cache.restart(self.first)
 
     def _chunk(self, size: int, tail: int | None) -> Tensor:
-        """The next chunk of the prompts, from `_ids`: logits after its last tokens, `[batch_size, vocab]`."""
+        """The next chunk of the prompts, from `_ids`: logits after `last_row`, `[batch_size, vocab]`."""
         columns = torch.arange(size, device=self.device) + self.cache.get_seq_length()
         with prompt(dense_tail=tail):
-            chunk = PromptChunk(self.model, self.cache, size, self.lengths)
-            return self._prompt_model(self._ids[size], (columns - self.first[:, None]).clamp(min=0), chunk)
+            chunk = PromptChunk(self.model, self.cache, size, self.lengths, self.pads_after)
+            positions = (columns - self.first[:, None]).clamp(min=0)
+            return self._prompt_model(self._ids[size], positions, chunk, self.last_row)
 
     def _does_not_fit(self) -> DoesNotFitError:
         """The error for the memory that was free at first, a fifth of it reckoned for activations."""

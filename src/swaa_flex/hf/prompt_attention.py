@@ -51,19 +51,20 @@ class PromptModel:
         self.backend = backend
         self._compiled: dict[int, Callable[..., Any]] = {}
 
-    def __call__(self, ids: Tensor, positions: Tensor, chunk: PromptChunk) -> Tensor:
-        """Logits after the last token of each sequence, `[batch, vocab]`.
+    def __call__(self, ids: Tensor, positions: Tensor, chunk: PromptChunk, row: Tensor) -> Tensor:
+        """Logits after one token of each sequence, `[batch, vocab]`.
 
         Args:
             ids: `[batch, size]`.
             positions: `[batch, size]`.
             chunk: what attention has to know.
+            row: of the tokens after which logits are wanted, `[1]`.
         """
         if self.backend is not None and not chunk.only_stores:
             self._use_compiled(ids.shape[1], self.backend)
         with chunk:
             out = self.model(
-                input_ids=ids, position_ids=positions, attention_mask=chunk.masks, use_cache=False, logits_to_keep=1
+                input_ids=ids, position_ids=positions, attention_mask=chunk.masks, use_cache=False, logits_to_keep=row
             )
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
@@ -88,13 +89,20 @@ class PromptChunk:
         cache: of fixed size, before the chunk.
         size: columns of the chunk, pads included.
         lengths: tokens of each prompt, `[batch]`.
+        pads_after: how many of the last columns are pads, 0-d. The cache does not keep them.
         only_stores: whether keys and values are stored, which makes room for them, and nothing else is computed.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: SWAACache, size: int, lengths: Tensor, only_stores: bool = False
+        self,
+        model: PreTrainedModel,
+        cache: SWAACache,
+        size: int,
+        lengths: Tensor,
+        pads_after: Tensor,
+        only_stores: bool = False,
     ) -> None:
-        self.cache, self.lengths, self.only_stores = cache, lengths, only_stores
+        self.cache, self.lengths, self.pads_after, self.only_stores = cache, lengths, pads_after, only_stores
         self.layer_types = getattr(model.config.get_text_config(), "layer_types", None)
         # A model with several types of layers has a mask for each.
         self.masks: ForwardMask | dict[str, ForwardMask] = create_masks_for_generate(
@@ -124,13 +132,12 @@ class PromptChunk:
         source = self.cache.stored(layer, key)
         assert source is not None
         if self.only_stores:
-            source.release(lengths_known=True, decoding=False)
-            return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-        mask = self.mask(layer)
-        info = mask.prompt_info(self.lengths, None)
-        plan = mask.plan_for(layer, query, key, value, info, source)
-        out = attention(query, key, value, plan, **options)
-        assert isinstance(out, Tensor)
+            out = query.new_zeros(*query.shape[:3], value.shape[3])
+        else:
+            mask = self.mask(layer)
+            plan = mask.plan_for(layer, query, key, value, mask.prompt_info(self.lengths, None), source)
+            out = attention(query, key, value, plan, **options)
+        source.layer.cumulative_length.sub_(self.pads_after)  # type: ignore[attr-defined]
         source.release(lengths_known=True, decoding=False)
         return out.transpose(1, 2).contiguous()
 
