@@ -399,8 +399,8 @@ class CompiledModel:
             self._has_warned = True
             warnings.warn(
                 "a further turn is computed anew, with all that came before: the recipe has released keys that the "
-                f"last {self.cache.swaa.dense_tail} rows of its prompt see; with full_attention_decode=True or dense_tail=0 "
-                "a turn goes on where the one before ended",
+                f"last {self.cache.swaa.dense_tail} rows of its prompt see; with full_attention_decode=True, or "
+                "dense_tail=0, a turn goes on where the one before ended",
                 stacklevel=4,
             )
         return False
