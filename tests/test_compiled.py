@@ -1,6 +1,7 @@
 """`swaa_flex.compile`: the same tokens as an eager model, and no compilation after the warm-up."""
 
 import gc
+import re
 import weakref
 from functools import partial
 
@@ -57,7 +58,7 @@ def test_every_length_gives_the_tokens_of_the_dense_reference(family, config):
 
 
 @pytest.mark.parametrize(("family", "config"), [("gemma3_text", RECIPES[1]), ("qwen3", RECIPES[2])], ids=repr)
-def test_a_compiled_prompt_sees_what_one_that_is_not_compiled_sees(family, config, nothing_compiled):
+def test_a_compiled_prompt_sees_what_one_that_is_not_compiled_sees(family, config, nothing_compiled, capsys):
     """Layer by layer, over one chunk and several, with pads; one graph serves all layers of a kind."""
     model, graphs = make(family, config), []
     compiled = swaa_flex.compile(
@@ -65,7 +66,9 @@ def test_a_compiled_prompt_sees_what_one_that_is_not_compiled_sees(family, confi
     )
     compiled._decode = lambda server: torch.zeros(2, 99)  # decode steps take long to trace
     compiled.warmup(all=True)
+    said = capsys.readouterr().err
     assert compiled.chunks == (128, 256) and len(graphs) == 2
+    assert re.search(r"ready after \d+\.\d s \(decode step .*, chunks of 128 .*, chunks of 256 .*\)", said)
     for length in (5, 300):
         inputs = batch(length, min(13, length - 2))
         logits = under_reference(model, config, lambda inputs=inputs: model(**inputs).logits[:, -1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -137,6 +138,7 @@ class CompiledModel:
         )
         if backend is None and self.device.type == "cuda":
             backend = "inductor"
+        self._is_compiled = backend is not None
         self._prompt_model = PromptModel(model, backend)
         self._decode = _compiled(_decode, backend, options)
         self._addresses, self._hooks = _addresses(model), _hooks(model)
@@ -153,16 +155,25 @@ class CompiledModel:
     # --- requests ---------------------------------------------------------------------------------------------
 
     @_for_requests
-    def warmup(self, *, all: bool = False) -> CompiledModel:
+    def warmup(self, *, all: bool = False, quiet: bool = False) -> CompiledModel:
         """Makes what every request needs: the decode step and the smallest chunk. Other sizes are made when needed.
 
         Args:
             all: whether to make all sizes now, so that no request waits for one.
+            quiet: whether to say nothing; otherwise stderr shows what is being made, and then how long it took.
 
         Raises:
             DoesNotFitError: if the memory of the device does not suffice; says which max_length would fit.
         """
-        self._make(self.chunks if all else self.chunks[:1], None)
+        from rich.console import Console  # not needed by servers that are quiet
+
+        console = Console(stderr=True, quiet=quiet or not self._is_compiled)
+        with console.status("swaa_flex: warming up") as status:
+            seconds = self._make(self.chunks if all else self.chunks[:1], None, status.update)
+        if seconds:
+            each = ", ".join(f"{name} {took:.1f}" for name, took in seconds.items())
+            said = f"swaa_flex: ready after {sum(seconds.values()):.1f} s ({each})"
+            console.print(said, highlight=False, soft_wrap=True)
         return self
 
     @_for_requests
@@ -282,7 +293,7 @@ class CompiledModel:
         """Starts a request that will have `new` tokens more than its prompts."""
         prompts = self._checked(input_ids, attention_mask, new)
         self._check_model()
-        self.warmup()
+        self._make(self.chunks[:1], None)
         self.calls += 1
         return self._prefill(prompts)
 
@@ -419,33 +430,48 @@ class CompiledModel:
             cache.keep_addresses()
         return cache
 
-    def _make(self, sizes: Sequence[int], tail: int | None) -> bool:
+    def _make(
+        self, sizes: Sequence[int], tail: int | None, tell: Callable[[str], None] | None = None
+    ) -> dict[str, float]:
         """Makes what prompts of these sizes of chunks need and is not there yet; what the cache holds is lost then.
 
+        Args:
+            sizes: of chunks.
+            tail: dense tail that replaces the recipe's, None for that.
+            tell: is told what is being made.
+
         Returns:
-            Whether anything was missing.
+            The seconds that it took to make each thing that was missing.
 
         Raises:
             DoesNotFitError: if the memory of the device does not suffice; says which max_length would fit.
         """
-        missing = [size for size in dict.fromkeys(sizes) if (size, tail) not in self._prompts]
-        if self._is_warm and not missing:
-            return False
+        missing: dict[str, Callable[[], None]] = {} if self._is_warm else {"decode step": self._make_steps}
+        for size in dict.fromkeys(sizes):
+            if (size, tail) not in self._prompts:
+                missing[f"chunks of {size}"] = functools.partial(self._make_chunk, size, tail)
+        if not missing:
+            return {}
         self._conversation, self.rows, self.room = None, 0, 0
         for static in (self.last_row, self.pads_after):
             static.zero_()
         if not self._is_warm:
             self._free = _free_memory(self.device)
+        seconds = {}
         try:
-            if not self._is_warm:
-                self._make_steps()
-                self._is_warm = True
-            for size in missing:
-                self.cache.restart(self.first)
-                self._prompts[size, tail] = self._graphs.capture(functools.partial(self._chunk, size, tail))
+            for name, make in missing.items():
+                if tell is not None:
+                    tell(f"swaa_flex: making {name}")
+                begun = time.perf_counter()
+                make()
+                seconds[name] = time.perf_counter() - begun
         except torch.OutOfMemoryError as error:
             raise self._does_not_fit() from error
-        return True
+        return seconds
+
+    def _make_chunk(self, size: int, tail: int | None) -> None:
+        self.cache.restart(self.first)
+        self._prompts[size, tail] = self._graphs.capture(functools.partial(self._chunk, size, tail))
 
     def _release_prompts(self) -> None:
         self.cache.hold_prompts()  # a graph is made by running twice
@@ -459,6 +485,7 @@ class CompiledModel:
         self._release = self._graphs.capture(self._release_prompts)
         with prompt():  # graphs remember what they are told while they are made
             self._step = self._graphs.capture(lambda: self._decode(self))
+        self._is_warm = True
 
     def _store_nothing(self) -> None:
         """A chunk that only stores, so that layers make room for keys and values of their shapes."""
