@@ -16,10 +16,6 @@ VLLM_TESTS = tuple(f"tests/test_vllm{part}.py" for part in ("", "_backend", "_en
 OLDEST_TRANSFORMERS = "5.17.0"  # the lower bound in pyproject.toml
 
 
-# One environment for the sessions that need torch: installing it takes longer than changing the rest.
-shared = nox.session(venv_location=".nox/shared")
-
-
 def install(session: nox.Session, *requirements: str) -> None:
     session.install("-c", "constraints.txt", *requirements)
 
@@ -52,13 +48,13 @@ def demo(session: nox.Session) -> None:
     session.run("swaa-flex", "demo", *session.posargs)
 
 
-@shared
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests on the newest transformers; `-- -m gpu -n0` for those that need a GPU."""
     run_tests(session, "--upgrade", "transformers")
 
 
-@shared
+@nox.session
 def tests_oldest(session: nox.Session) -> None:
     """Run the tests that touch transformers on the oldest supported one."""
     names = ("models", "hf", "callers", "cache", "compiled", "serving", "training", "tuning", "docs")
@@ -87,10 +83,10 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
 
 
-@shared
+@nox.session
 def typecheck(session: nox.Session) -> None:
     """Check the types of src, strictly."""
-    install(session, "-e", f".[{EXTRAS}]", "--group", "typecheck", "--upgrade", "transformers")
+    install(session, "-e", f".[{EXTRAS}]", "--group", "typecheck")
     session.run("mypy", *session.posargs)
 
 

@@ -133,9 +133,7 @@ class CompiledModel:
         self.rows = 0  # sequences of the request, at most batch_size
         self.room = 0  # decode steps that the request may still take
         self.calls = 0  # requests and decode steps up to now
-        self._conversation: Conversation | None = (
-            None  # what lies in the cache, None for nothing that may be gone on with
-        )
+        self._conversation: Conversation | None = None  # in the cache, if a request may go on with it
         if backend is None and self.device.type == "cuda":
             backend = "inductor"
         self._is_compiled = backend is not None
