@@ -133,8 +133,7 @@ class Ours:
             prefill_chunk=128,
             options=config.options,
         )
-        compiled._initialise()
-        compiled._warm_decode()
+        compiled.warmup(quiet=True)
         runner.synchronise()
         return functools.partial(self.measure, compiled, time.perf_counter() - start)
 

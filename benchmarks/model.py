@@ -227,8 +227,7 @@ class Batch:
     def prepare(self) -> Callable[[], Iterator[Result]]:
         model = make_model(self.config, "swaa_flex compiled", self.recipe)
         compiled = swaa_flex.compile(model, max_length=self.context + 128, batch_size=self.batch, prefill_chunk=128)
-        compiled._initialise()
-        compiled._warm_decode()
+        compiled.warmup(quiet=True)
         runner.synchronise()
         return functools.partial(self.measure, compiled)
 
@@ -306,7 +305,7 @@ def prompt(model: PreTrainedModel, length: int) -> torch.Tensor:
 
 def compiled_request(model: PreTrainedModel, config: Config) -> Request:
     compiled = swaa_flex.compile(model, max_length=max(config.contexts) + NEW, prefill_chunk=config.chunk)
-    compiled.warmup(all=True)
+    compiled.warmup(all=True, quiet=True)
 
     def request(length: int) -> tuple[float, Callable[[], Any]]:
         tokens = compiled.prefill(prompt(model, length)).argmax(-1)

@@ -218,8 +218,8 @@ class CompiledModel:
         self.tokens[:rows, 0] = tokens.reshape(-1)
         with prompt():  # whatever surrounds the call
             logits = self._step()[:rows]
-        assert conversation is not None
-        conversation.answers.append(self.tokens[:rows].clone())
+        if conversation is not None:
+            conversation.answers.append(self.tokens[:rows].clone())
         self._conversation = conversation
         self.rows, self.room = rows, room - 1
         return logits
