@@ -285,3 +285,10 @@ def test_a_recipe_for_a_model_that_it_cannot_reach_is_refused_with_the_model_nam
     with pytest.raises(UnsupportedModelError, match=f"'{family}' does not call attention by name"):
         config.swaa = RECIPE
     assert config.swaa is None
+
+
+def test_an_edit_that_names_layers_which_the_model_does_not_have_is_refused_at_once():
+    config = LlamaConfig(**SIZE, swaa=RECIPE)
+    with pytest.raises(ConfigError, match="layer 9 of 4"):
+        config.swaa["full_attention_layers"] = [9]
+    assert config.swaa["full_attention_layers"] == [1] and config.swaa.parsed == RECIPE

@@ -34,9 +34,9 @@ class StoredConfig(dict[str, Any]):
         self, parsed: SWAAConfig, chose_attention: bool = False, num_hidden_layers: int | None = None
     ) -> None:
         super().__init__()
-        self._show(parsed)
         self.chose_attention = chose_attention
         self.num_hidden_layers = num_hidden_layers
+        self._show(parsed)
 
     def __setitem__(self, field: str, value: Any) -> None:
         self.update({field: value})
@@ -46,8 +46,11 @@ class StoredConfig(dict[str, Any]):
         return self
 
     def update(self, *fields: Any, **more: Any) -> None:
-        """As a dict does it; raises ConfigError as `SWAAConfig` does, and then changes nothing."""
-        self._show(SWAAConfig.from_dict({**self, **dict(*fields, **more)}))
+        """As a dict does it; raises ConfigError for what does not fit, and then changes nothing."""
+        parsed = SWAAConfig.from_dict({**self, **dict(*fields, **more)})
+        if self.num_hidden_layers is not None:
+            parsed.resolve(self.num_hidden_layers)
+        self._show(parsed)
 
     def setdefault(self, field: str, default: Any = None) -> Any:
         """As a dict does it; raises ConfigError for what is no field, since all fields are there."""
