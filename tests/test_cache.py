@@ -51,7 +51,7 @@ def caches(model, **kwargs):
 
 
 def each_recipe(model):
-    for config in RECIPES:
+    for config in (RECIPES[at] for at in (0, 3, 5, 6, 8)):  # each pair of two fields' values
         model.config.swaa = config
         yield config
 
