@@ -57,7 +57,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def tests_oldest(session: nox.Session) -> None:
     """Run the tests that touch transformers on the oldest supported one."""
-    names = ("models", "hf", "callers", "cache", "compiled", "serving", "training", "docs")
+    names = ("models", "hf", "cache", "compiled", "serving", "training")
     paths = tuple(f"tests/test_{name}.py" for name in names)
     run_tests(session, f"transformers=={OLDEST_TRANSFORMERS}", paths=paths)
 

@@ -74,6 +74,7 @@ def saved(report):
     return [Result(**{**r, "chosen": tuple(r["chosen"])}) for r in json.loads(report.path.read_text())["results"]]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_what_is_missing_and_keeps_the_rest(start):
     runner.run([Job("one", 1.0), Job("two", 2.0, fails_at=2), Job("gone", 3.0, fails_at=1)], first := start())
     failure = "ValueError: too long"

@@ -470,7 +470,8 @@ def test_adapters_that_do_not_fit_or_cannot_be_read_are_refused(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize(
-    ("how", "tied"), [("ddp", False), ("fsdp", True), pytest.param("fsdp", False, marks=pytest.mark.slow)]
+    ("how", "tied"),
+    [("fsdp", True), *(pytest.param(how, False, marks=pytest.mark.slow) for how in ("ddp", "fsdp"))],
 )
 def test_two_processes_have_the_losses_of_one(tmp_path, how, tied):
     check_two_processes(tmp_path, how, tied, ACCELERATE_USE_CPU="true")
