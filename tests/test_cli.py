@@ -343,7 +343,7 @@ def test_doctor_says_what_there_is(no_gpu):
     said = facts(result.stdout)
     assert result.exit_code == 0
     assert said["swaa_flex"] == __version__
-    assert said["torch"] == torch.__version__
+    assert said["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert said["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"transformers", "accelerate", "triton", "flash-attn-4", "platform"} <= set(said)
     assert said["devices"] == "no CUDA GPU"

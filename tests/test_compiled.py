@@ -439,7 +439,7 @@ def test_too_little_memory_says_what_would_fit(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(type(compiled), "_make_steps", fail)
-    with pytest.raises(DoesNotFitError, match=r"max_length=100000 with batch_size=1 needs.*max_length=7808 would fit"):
+    with pytest.raises(DoesNotFitError, match=r"max_length=100000 with batch_size=1 needs.*max_length=7680 would fit"):
         compiled.warmup()
     # No length helps where keys and values take no room that grows, or fit.
     config = SWAAConfig(16, 3, (), False, 0)
@@ -551,3 +551,75 @@ def test_a_compile_cache_is_saved_loaded_and_checked(tmp_path, nothing_compiled)
     path.write_bytes(b"something else")
     with pytest.raises(ConfigError, match="save_compile_cache wrote"):
         swaa_flex.load_compile_cache(path)
+
+
+# --- the copy of the modules that computes prompts ------------------------------------------------------------------
+
+
+def serve(model, **options):
+    return swaa_flex.compile(model, max_length=700, prefill_chunk=256, **options)
+
+
+@pytest.mark.parametrize("replace", ["model", "layer"])
+def test_a_forward_that_was_replaced_by_a_function_is_refused(replace):
+    model = make("llama", RECIPES[2])
+    module = model if replace == "model" else model.model.layers[1]
+    plain = module.forward
+    module.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    with pytest.raises(UnsupportedModelError, match="replaced by a function"):
+        serve(model).warmup()
+
+
+def test_a_turn_after_weights_that_changed_in_place_is_computed_anew():
+    model, ids = make("llama", RECIPES[2]), torch.randint(3, 99, (1, 60))
+    server, weight = serve(model), model.model.layers[0].mlp.up_proj.weight
+    talk = server.generate(ids, max_new_tokens=7)
+    with torch.no_grad():
+        weight.mul_(3)
+    torch.testing.assert_close(server.prefill(talk), model(talk).logits[:, -1], atol=1e-5, rtol=1e-5)
+    talk = server.generate(talk, max_new_tokens=7)
+    weight.data.mul_(3)
+    server.forget()
+    torch.testing.assert_close(server.prefill(talk), model(talk).logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_turn_is_told_from_a_buffer_that_its_caller_has_written_to():
+    model, buffer = make("llama", RECIPES[2]), torch.randint(3, 99, (60,))
+    server = serve(model)
+    server.prefill([buffer])
+    buffer[10:20] = torch.randint(3, 99, (10,))
+    talk = torch.cat([buffer, torch.randint(3, 99, (9,))])
+    torch.testing.assert_close(server.prefill([talk]), model(talk[None]).logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_turns_of_rows_that_grow_unequally_or_reach_the_end_are_right():
+    model, rows = make("llama", RECIPES[2]), [torch.randint(3, 99, (n,)) for n in (60, 40)]
+    server = swaa_flex.compile(model, max_length=300, batch_size=2, prefill_chunk=256)
+    server.prefill(rows)
+    for grown in ((9, 5), (200, 200), (31, 31)):  # the last one reaches max_length
+        rows = [torch.cat([row, torch.randint(3, 99, (n,))]) for row, n in zip(rows, grown, strict=True)]
+        expected = torch.cat([model(row[None]).logits[:, -1] for row in rows])
+        torch.testing.assert_close(server.prefill(rows), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_pads_of_a_turn_do_not_change_the_rotation_of_the_others():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 512}
+    rope = factors | {"rope_type": "longrope", "rope_theta": 1e4}
+    model = make("phi3", RECIPES[2], max_position_embeddings=1024, rope_parameters=rope)
+    server, ids = swaa_flex.compile(model, max_length=512, prefill_chunk=256), torch.randint(3, 99, (1, 470))
+    server.prefill(ids)
+    talk = torch.cat([ids, torch.randint(3, 99, (1, 15))], 1)
+    torch.testing.assert_close(server.prefill(talk), model(talk).logits[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_what_changes_after_compiling_is_refused():
+    model, ids = make("llama", RECIPES[2]), torch.randint(3, 99, (1, 60))
+    server = serve(model)
+    server.prefill(ids)
+    model.train()
+    with pytest.raises(ConfigError, match="training mode"):
+        server.prefill(ids)
+    model.eval()
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 2
+    with pytest.raises(ConfigError, match="weights were replaced"):
+        server.prefill(ids)

@@ -295,7 +295,9 @@ class StaticSinksAndWindowLayer(StaticLayer):
             self.holding = True
 
     def reset(self) -> None:
-        if self.hold_prompt and not self.holding:
+        if self.keeps_addresses:
+            self.hold()
+        elif self.hold_prompt and not self.holding:
             self.keys = self.values = self.held = None
             self.is_initialized = False
             self.cumulative_length.zero_()

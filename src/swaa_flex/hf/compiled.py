@@ -7,6 +7,7 @@ one (`prompt_attention`). On a GPU each size of chunk is a CUDA graph, and so is
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import time
 import types
@@ -23,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateNonBeamOutput
 
 from ..algebra import holds_integers
-from ..errors import ConfigError, DoesNotFitError, UnsupportedModelError
+from ..errors import ConfigError, DoesNotFitError, SWAAError, UnsupportedModelError
 from .cache import CACHE, SWAACache
 from .chunks import SMALLEST, cut, ladder, most_pads
 from .config import swaa_of
@@ -44,7 +45,7 @@ def compile(
     options: dict[str, Any] | None = None,
     backend: str | Callable[..., Any] | None = None,
 ) -> CompiledModel:
-    """Prepares a model for serving requests of up to `max_length` tokens without any compilation after `warmup`.
+    """Prepares a model for serving requests of up to `max_length` tokens without any compilation after `warmup(all=True)`.
 
     Args:
         model: a model with `attn_implementation="swaa_flex"`.
@@ -60,8 +61,8 @@ def compile(
 
     Raises:
         ConfigError: if an argument makes no sense, or the model does not run swaa_flex.
-        UnsupportedModelError: if its code cannot be told where prompts end or takes pads for tokens, or its layers lie
-            on several devices.
+        UnsupportedModelError: if its code takes pads for tokens, its modules cannot be copied, or its layers lie on
+            several devices.
 
     Weights may change in place afterwards. If they are replaced (`model.to`, `load_state_dict(assign=True)`), or the
     recipe is, requests are refused: compile again.
@@ -165,6 +166,7 @@ class CompiledModel:
         """
         from rich.console import Console  # not needed by servers that are quiet
 
+        self._check_model()
         console = Console(stderr=True, quiet=quiet or not self._is_compiled)
         with console.status("swaa_flex: warming up") as status:
             seconds = self._make(self.chunks if all else self.chunks[:1], None, status.update)
@@ -263,7 +265,9 @@ class CompiledModel:
                 input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
                 real = [torch.ones_like(row) for row in prompts]
                 kwargs["attention_mask"] = pad_sequence(real, batch_first=True, padding_side="left")
-        return ServedModel(self).generate(input_ids, generation_config, **kwargs)  # type: ignore[no-any-return]
+        answers = ServedModel(self).generate(input_ids, generation_config, **kwargs)
+        self.rows = self.room = 0  # the request has ended
+        return answers  # type: ignore[no-any-return]
 
     @_for_requests
     def __call__(
@@ -282,6 +286,14 @@ class CompiledModel:
         return ServedModel(self).decode(
             input_ids, logits_processor, stopping_criteria, generation_config, streamer, **kwargs
         )
+
+    @_for_requests
+    def forget(self) -> None:
+        """Lets the next request be computed by itself, even if it begins with the tokens of the last one.
+
+        To be called after weights were written past autograd (`tensor.data`), which nothing can notice.
+        """
+        self._conversation, self.rows, self.room = None, 0, 0
 
     # --- inside -----------------------------------------------------------------------------------------------
 
@@ -343,6 +355,8 @@ class CompiledModel:
 
     def _check_model(self) -> None:
         """Refuses a model that is no longer the one that was compiled."""
+        if self.model.training:
+            raise ConfigError("the model was put into training mode after it was compiled; call model.eval()")
         implementation = self.model.config._attn_implementation
         recipe = swaa_of(self.cache.config) if implementation == "swaa_flex" else None
         if recipe != self.cache.swaa:
@@ -360,9 +374,9 @@ class CompiledModel:
         tail = surroundings.prompt.dense_tail
         begun, self._conversation = self._conversation, None
         self.rows = self.room = 0  # an interrupted prompt cannot be gone on with
-        lengths = torch.tensor([len(row) for row in prompts])
-        new = 0 if begun is None else begun.new_tokens(prompts, tail)
-        if begun is not None and new and not self._holds_what_new_rows_see(tail):
+        lengths = torch.tensor([len(row) for row in prompts], device="cpu")
+        new = 0 if begun is None or begun.edits != _edits(self.model) else begun.new_tokens(prompts, tail)
+        if begun is not None and new and not self._holds_what_new_rows_see():
             new = 0
         sizes = cut(new or int(lengths.max()), self.chunks)
         if begun is None or not new or begun.columns + sum(sizes) > self._capacity:
@@ -380,7 +394,7 @@ class CompiledModel:
             ids[index, : len(row)] = row
             if begun is None:
                 ids[index] = ids[index].roll(columns - len(row))
-        every = lengths[torch.arange(self.batch_size).clamp(max=len(prompts) - 1)]
+        every = lengths[torch.arange(self.batch_size, device="cpu").clamp(max=len(prompts) - 1)]
         self.lengths.copy_(every)
         if begun is None:
             self.first.copy_(columns - every)
@@ -396,13 +410,14 @@ class CompiledModel:
         assert logits is not None
         logits = logits[: len(prompts)].clone()  # the next graph that runs may write over them
         self._release()
-        self._conversation = Conversation(prompts, columns if begun is None else begun.columns + new, tail)
+        held = columns if begun is None else begun.columns + new
+        self._conversation = Conversation(prompts, held, tail, _edits(self.model))
         self.rows, self.room, self._owner = len(prompts), self.max_length - int(lengths.max()), threading.get_ident()
         return logits
 
-    def _holds_what_new_rows_see(self, tail: int | None) -> bool:
+    def _holds_what_new_rows_see(self) -> bool:
         """Whether a further turn may go on in the cache: no layer has released keys that its dense tail would see."""
-        if not self.cache.releases_prompts or tail == 0:
+        if not self.cache.releases_prompts:
             return True
         if not self._has_warned:
             self._has_warned = True
@@ -415,15 +430,16 @@ class CompiledModel:
         return False
 
     @property
+    def _most_pads(self) -> int:
+        return 2 * most_pads(self.max_length, self.chunks)  # of a first turn, and of a further one
+
+    @property
     def _capacity(self) -> int:
         assert self.cache.max_length is not None
         return self.cache.max_length
 
     def _new_cache(self) -> SWAACache:
-        capacity = self.max_length + 2 * most_pads(
-            self.max_length, self.chunks
-        )  # of a first turn, and of a further one
-        cache = SWAACache(self.model.config, max_length=_whole_blocks(capacity))
+        cache = SWAACache(self.model.config, max_length=_whole_blocks(self.max_length + self._most_pads))
         if self.device.type == "cuda":
             cache.keep_addresses()
         return cache
@@ -482,14 +498,32 @@ class CompiledModel:
         self._restart = self._graphs.capture(lambda: self.cache.restart(self.first))
         self._release = self._graphs.capture(self._release_prompts)
         with prompt():  # graphs remember what they are told while they are made
-            self._step = self._graphs.capture(lambda: self._decode(self))
+            try:
+                self._step = self._graphs.capture(lambda: self._decode(self))
+            except ConfigError as error:  # of the cache, about the shape of keys
+                raise UnsupportedModelError(
+                    f"model type {self.model.config.model_type!r}: compiled prompts store keys as attention sees them "
+                    f"and the model stores others ({error}); use generate of transformers, with SWAACache or without"
+                ) from error
         self._is_warm = True
 
     def _store_nothing(self) -> None:
         """A chunk that only stores, so that layers make room for keys and values of their shapes."""
         size = self.chunks[0]
         chunk = PromptChunk(self.model, self.cache, size, self.lengths, self.pads_after, only_stores=True)
-        self._prompt_model(self._ids[size], self._ids[size], chunk, self.last_row)
+        failure: SWAAError | None = None
+        try:
+            self._prompt_model(self._ids[size], self._ids[size], chunk, self.last_row)
+        except SWAAError as error:
+            failure = error
+        if chunk.reached != self._prompt_model.attends:
+            raise UnsupportedModelError(
+                "compile runs a copy of the model's modules, and attention of the copy was not reached: the forward "
+                "of the model, or of a layer, was replaced by a function that calls the original; put the model's own "
+                "forward back"
+            ) from failure
+        if failure is not None:
+            raise failure
         self.cache.restart(self.first)
 
     def _chunk(self, size: int, tail: int | None) -> Tensor:
@@ -497,7 +531,8 @@ class CompiledModel:
         columns = torch.arange(size, device=self.device) + self.cache.get_seq_length()
         with prompt(dense_tail=tail):
             chunk = PromptChunk(self.model, self.cache, size, self.lengths, self.pads_after)
-            positions = (columns - self.first[:, None]).clamp(min=0)
+            # Pads have positions of tokens: rotary embeddings look at the largest one, and tables of positions end.
+            positions = (columns - self.first[:, None]).minimum(self.lengths[:, None] - 1).clamp(min=0)
             return self._prompt_model(self._ids[size], positions, chunk, self.last_row)
 
     def _does_not_fit(self) -> DoesNotFitError:
@@ -505,7 +540,7 @@ class CompiledModel:
         per_token, fixed = self.cache.size_of(self.batch_size, self.model.dtype)
         capacity = self.cache.max_length or 0
         needed = per_token * capacity + fixed
-        fits = int((self._free * 0.8 - fixed) / per_token) - self.chunks[-1] if per_token else 0
+        fits = int((self._free * 0.8 - fixed) / per_token) - self._most_pads if per_token else 0
         fits = fits // SMALLEST * SMALLEST
         self.cache = self._new_cache()  # what was allocated goes
         self._prompts.clear()
@@ -524,7 +559,7 @@ class CompiledModel:
 def _as_ids(row: Any, number: int) -> Tensor:
     """A sequence of a request as a tensor `[len]`."""
     try:
-        ids = torch.as_tensor(row)
+        ids = row.clone() if isinstance(row, Tensor) else torch.tensor(row)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"sequence {number}: expected token ids, got {row!r:.60}") from error
     if ids.dim() != 1:
@@ -543,13 +578,22 @@ def _check_chosen(tokens: Any, rows: int, where: str) -> None:
 
 def _addresses(model: PreTrainedModel) -> list[int]:
     """Where the weights lie, which is what CUDA graphs remember of them."""
-    return [getattr(parameter, "_local_tensor", parameter).data_ptr() for parameter in model.parameters()]
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return [getattr(tensor, "_local_tensor", tensor).data_ptr() for tensor in tensors]
 
 
-def _hooks(model: PreTrainedModel) -> list[tuple[int, ...]]:
-    """Each module with what runs around its forward, which graphs do not look at again."""
+def _edits(model: PreTrainedModel) -> int:
+    """How often weights have changed in place."""
+    return sum(tensor._version for tensor in model.parameters() if not tensor.is_inference())
+
+
+def _hooks(model: PreTrainedModel) -> list[tuple[Any, ...]]:
+    """Each module with what runs around its forward, and its adapters of peft: graphs do not look at them again."""
     return [
-        (id(module), id(vars(module).get("forward")), *module._forward_pre_hooks, *module._forward_hooks)
+        (
+            *(id(module), id(vars(module).get("forward")), *module._forward_pre_hooks, *module._forward_hooks),
+            *(str(vars(module).get(name)) for name in ("_active_adapter", "_disable_adapters", "merged_adapters")),
+        )
         for module in model.modules()
     ]
 
@@ -579,6 +623,11 @@ def _refuse_several_devices(model: PreTrainedModel) -> None:
 
 def _refuse_what_takes_pads(cache: SWAACache) -> None:
     """Refuses models that take the pads before a prompt for tokens where they do not get an attention mask."""
+    if getattr(cache.config, "attn_temperature_tuning", False):
+        raise UnsupportedModelError(
+            f"model type {cache.config.model_type!r} scales queries by how much its cache has seen "
+            "(attn_temperature_tuning), which compiled prompts do not tell it; use generate of transformers"
+        )
     recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
     if recurrent or cache.config.model_type in _MAKING_MASKS:
         raise UnsupportedModelError(

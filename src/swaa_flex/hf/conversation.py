@@ -16,12 +16,14 @@ class Conversation:
         prompts: token ids of each sequence, `[len]`.
         prompt_columns: of the cache that prompts and pads take.
         dense_tail: of the surrounding `prompt` when they were computed.
+        edits: how often weights had changed in place by then.
         answers: the tokens of each decode step since then, `[sequences, 1]`.
     """
 
     prompts: list[Tensor]
     prompt_columns: int
     dense_tail: int | None
+    edits: int
     answers: list[Tensor] = field(default_factory=list)
 
     @property
@@ -44,8 +46,10 @@ class Conversation:
         counts = {len(row) - len(old) - len(self.answers) for row, old in zip(prompts, self.prompts, strict=True)}
         if len(counts) > 1 or min(counts) < 1:
             return 0
-        for index, (row, old) in enumerate(zip(prompts, self.prompts, strict=True)):
-            held = torch.cat([old, *(tokens[index] for tokens in self.answers)])
+        none = torch.empty(len(prompts), 0, dtype=torch.long, device=prompts[0].device)
+        answers = torch.cat([none, *self.answers], dim=1)
+        for row, old, answer in zip(prompts, self.prompts, answers, strict=True):
+            held = torch.cat([old, answer])
             if not torch.equal(row[: len(held)], held):
                 return 0
         return counts.pop()

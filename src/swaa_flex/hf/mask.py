@@ -193,6 +193,11 @@ class ForwardMask(BlockMask):
             self.memo["in model"] = True
         return self.forward.batch, 1, self.forward.q_len, self.forward.kv_len
 
+    @property
+    def ndim(self) -> int:
+        """4, as of the mask that it stands for."""
+        return 4
+
     def __repr__(self) -> str:
         return f"ForwardMask({list(self.shape)}, {self.forward.native.mask!r})"
 

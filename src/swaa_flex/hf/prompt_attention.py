@@ -21,6 +21,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..attention import attention
+from ..errors import UnsupportedModelError
 from .attention import refuse_other_attention
 from .cache import CACHE, SWAACache
 from .mask import ForwardMask
@@ -40,14 +41,27 @@ class PromptModel:
 
     def __init__(self, model: PreTrainedModel, backend: str | Callable[..., Any] | None) -> None:
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self.model = copy.deepcopy(model, shared)
+        for module in model.modules():  # objects whose methods are hooks go on to see what happens
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+                owner = getattr(hook, "__self__", None)
+                if owner is not None and not isinstance(owner, nn.Module):
+                    shared[id(owner)] = owner
+        try:
+            self.model = copy.deepcopy(model, shared)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"compile runs a copy of the model's modules on its weights, and {type(model).__name__} cannot be "
+                f"copied ({type(error).__name__}: {error}); use generate of transformers"
+            ) from error
         for module in self.model.modules():
             if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "swaa_flex":
                 module.config._attn_implementation_internal = NAME
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.swaa_layer = torch.tensor(module.layer_idx)
+                module.swaa_layer = torch.tensor(module.layer_idx, device="cpu")
         layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.layers = [layer for layer in layers if any(hasattr(module, "swaa_layer") for module in layer.modules())]
+        inside = (module for layer in self.layers for module in layer.modules() if module is not layer)
+        self.attends = {vars(module)["layer_idx"] for module in inside if hasattr(module, "swaa_layer")}
         self.backend = backend
         self._compiled: dict[int, Callable[..., Any]] = {}
 
@@ -62,10 +76,18 @@ class PromptModel:
         """
         if self.backend is not None and not chunk.only_stores:
             self._use_compiled(ids.shape[1], self.backend)
-        with chunk:
-            out = self.model(
-                input_ids=ids, position_ids=positions, attention_mask=chunk.masks, use_cache=False, logits_to_keep=row
-            )
+        try:
+            with chunk:
+                out = self.model(
+                    input_ids=ids,
+                    position_ids=positions,
+                    attention_mask=chunk.masks,
+                    use_cache=False,
+                    logits_to_keep=row,
+                )
+        finally:
+            for layer in self.layers:
+                layer._compiled_call_impl = None  # it refers to the layer, whose weights would wait for the collector
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
     def _use_compiled(self, size: int, backend: str | Callable[..., Any]) -> None:
@@ -111,6 +133,7 @@ class PromptChunk:
             None,
             **{CACHE: cache},
         )
+        self.reached: set[int] = set()  # layers
         self.dispatch = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
     def __enter__(self) -> PromptChunk:
@@ -128,6 +151,7 @@ class PromptChunk:
             return self._attention(query, key, value, layer, **options)
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, layer: int, **options: Any) -> Tensor:
+        self.reached.add(layer)
         key, value = self.cache.update(key, value, layer)
         source = self.cache.stored(layer, key)
         assert source is not None
