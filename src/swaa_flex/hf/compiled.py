@@ -45,7 +45,7 @@ def compile(
     options: dict[str, Any] | None = None,
     backend: str | Callable[..., Any] | None = None,
 ) -> CompiledModel:
-    """Prepares a model for serving requests of up to `max_length` tokens without any compilation after `warmup(all=True)`.
+    """Prepares a model for requests of up to `max_length` tokens, without any compilation after `warmup(all=True)`.
 
     Args:
         model: a model with `attn_implementation="swaa_flex"`.
