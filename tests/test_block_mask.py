@@ -135,15 +135,17 @@ def test_bare_compact_lists_are_no_block_mask_with_blocks_missing(reach):
     built = build_block_mask(mask, length, length)
     lists = built.kv_num_blocks, built.kv_indices, built.full_kv_num_blocks, built.full_kv_indices
     make = partial(BlockMask.from_kv_blocks, *lists, mask_mod=mask)
-    if built.kv_indices.shape[-1] < 8:
-        with pytest.raises(IndexError):
-            make(seq_lengths=(length, length))
+    if is_narrow := built.kv_indices.shape[-1] < 8:
         q, k = torch.zeros(1, 1, length, 16), torch.zeros(1, 1, length, 16)
-        with pytest.raises(ValueError, match="block mask was created for a smaller length"):
+        with pytest.raises((ValueError, RuntimeError), match="mask was created for a smaller length"):
             flex_attention(q, k, k, block_mask=make(compute_q_blocks=False))
+    try:
+        made = make(seq_lengths=(length, length)) if is_narrow else make()
+    except IndexError:  # up to torch 2.14
+        assert is_narrow
     else:
-        made, stock = make(), create_block_mask(mask, None, None, length, length, device="cpu")
-        assert torch.equal(made.to_dense(), stock.to_dense())
+        stock = create_block_mask(mask, None, None, length, length, device="cpu")
+        assert is_narrow or torch.equal(made.to_dense(), stock.to_dense())
         for prefix in ("", "full_"):
             ours, theirs = (
                 listed(getattr(x, f"{prefix}q_num_blocks"), getattr(x, f"{prefix}q_indices"), 8) for x in (made, stock)
