@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import threading
 import time
 import types
@@ -578,7 +579,14 @@ def _check_chosen(tokens: Any, rows: int, where: str) -> None:
 
 def _addresses(model: PreTrainedModel) -> list[int]:
     """Where the weights lie, which is what CUDA graphs remember of them."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
+    # Rotary embeddings of these kinds replace their buffers themselves (transformers 5.17).
+    settled = (
+        module
+        for module in model.modules()
+        if not re.search("longrope|dynamic", str(getattr(module, "rope_type", "")))
+    )
+    buffers = (buffer for module in settled for buffer in module.buffers(recurse=False))
+    tensors = itertools.chain(model.parameters(), buffers)
     return [getattr(tensor, "_local_tensor", tensor).data_ptr() for tensor in tensors]
 
 
