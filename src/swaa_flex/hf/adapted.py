@@ -115,7 +115,7 @@ def _checked(forward: Callable[..., Any], config: PreTrainedConfig, given: dict[
     if not is_told or not is_tracing():
         return _called(forward, given)
     receipt = given.get("swaa_receipt") or Receipt()
-    out = forward(**given, swaa_receipt=receipt)
+    out = forward(**given | {"swaa_receipt": receipt})
     receipt.check(config)
     return out
 
