@@ -376,17 +376,12 @@ class CompiledModel:
         begun, self._conversation = self._conversation, None
         self.rows = self.room = 0  # an interrupted prompt cannot be gone on with
         lengths = torch.tensor([len(row) for row in prompts], device="cpu")
-        new = 0 if begun is None or begun.edits != _edits(self.model) else begun.new_tokens(prompts, tail)
-        if begun is not None and new and not self._holds_what_new_rows_see():
-            new = 0
-        sizes = cut(new or int(lengths.max()), self.chunks)
-        if begun is None or not new or begun.columns + sum(sizes) > self._capacity:
-            begun, new = None, int(lengths.max())
-            sizes = cut(new, self.chunks)
-        if self._make(sizes, tail) and begun is not None:  # what was made has used the cache
-            begun, new = None, int(lengths.max())
-            sizes = cut(new, self.chunks)
-            self._make(sizes, tail)
+        longest = int(lengths.max())
+        new = 0 if begun is None else self._new_tokens(begun, prompts, tail)
+        if new == 0 or self._make(cut(new, self.chunks), tail):  # what was made has used the cache
+            begun, new = None, longest
+        sizes = cut(new, self.chunks)
+        self._make(sizes, tail)
         # Pads are on the left of new sequences, and on the right of those that go on.
         columns = sum(sizes)
         ids = torch.zeros(self.batch_size, columns, dtype=torch.long, device=self.device)
@@ -413,8 +408,16 @@ class CompiledModel:
         self._release()
         held = columns if begun is None else begun.columns + new
         self._conversation = Conversation(prompts, held, tail, _edits(self.model))
-        self.rows, self.room, self._owner = len(prompts), self.max_length - int(lengths.max()), threading.get_ident()
+        self.rows, self.room, self._owner = len(prompts), self.max_length - longest, threading.get_ident()
         return logits
+
+    def _new_tokens(self, begun: Conversation, prompts: list[Tensor], tail: int | None) -> int:
+        """With how many tokens each prompt goes on with what lies in the cache; 0 if all of it has to be computed."""
+        new = 0 if begun.edits != _edits(self.model) else begun.new_tokens(prompts, tail)
+        if new == 0 or not self._holds_what_new_rows_see():
+            return 0
+        assert self.cache.max_length is not None
+        return new if begun.columns + sum(cut(new, self.chunks)) <= self.cache.max_length else 0
 
     def _holds_what_new_rows_see(self) -> bool:
         """Whether a further turn may go on in the cache: no layer has released keys that its dense tail would see."""
@@ -433,11 +436,6 @@ class CompiledModel:
     @property
     def _most_pads(self) -> int:
         return 2 * most_pads(self.max_length, self.chunks)  # of a first turn, and of a further one
-
-    @property
-    def _capacity(self) -> int:
-        assert self.cache.max_length is not None
-        return self.cache.max_length
 
     def _new_cache(self) -> SWAACache:
         cache = SWAACache(self.model.config, max_length=_whole_blocks(self.max_length + self._most_pads))
